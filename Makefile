@@ -1,0 +1,45 @@
+# make demo   a photograph to a 3D head through a real Triton server     make demo PHOTO=me.jpg
+# make test   the tests                                                  make lint   ruff and mypy
+# make demo-weights   train the shipped weights again (hours)            make clean  what these made
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PHOTO ?= $(shell $(BIN)/python -c "import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / 'data' / 'astronaut.png')")
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint demo-weights clean
+
+demo: $(VENV)
+	@$(BIN)/chebface head build
+	@$(BIN)/python -m export all
+	@$(BIN)/chebface reconstruct "$(PHOTO)" --serve --output out
+
+test: $(VENV)/test
+	@$(BIN)/python -m pytest -q
+
+lint: $(VENV)/test
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# torch first and by its exact version, so that no other package chooses another build of it
+$(VENV): pyproject.toml
+	@echo "installing into $(VENV) (once, a minute or two)" >&2
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; apt install python3-venv" >&2; exit 1; }
+	@$(PIP) --upgrade pip
+	@$(PIP) "$(TORCH)" "numpy<2"
+	@$(PIP) -e ".[demo]"
+	@touch $(VENV)
+
+$(VENV)/test: $(VENV)
+	@$(PIP) -e ".[test]"
+	@touch $(VENV)/test
+
+demo-weights: $(VENV)
+	$(BIN)/chebface data synthesize --config src/chebface/weights/data.toml -o runs/data
+	$(BIN)/chebface train reconstructor --config src/chebface/weights/demo.toml --data runs/data -o runs/demo
+	$(BIN)/chebface data synthesize --config src/chebface/weights/data.toml --set seed=1 --set count=2000 -o runs/held-out
+	$(BIN)/chebface evaluate synthetic runs/held-out --weights runs/demo/regressor.safetensors
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,366 @@
+"""The `chebface` command. Exit codes: 0 ok, 1 failed, 2 usage or input, 4 missing dependency, 6 server, 130 stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from chebface import __version__
+from chebface.errors import ChebfaceError
+
+if TYPE_CHECKING:
+    from chebface.face import Face
+    from chebface.pipeline import Pipeline
+
+INTERRUPTED = 130
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_SETTINGS = {"context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 110}}
+
+
+def _guarded(run: Callable[..., None]) -> Callable[..., None]:
+    """Turn our errors into one line on stderr and their exit code."""
+
+    @wraps(run)
+    def command(**options: Any) -> None:
+        try:
+            run(**options)
+        except ChebfaceError as error:
+            if options.get("as_json"):
+                _print_json({"ok": False, "error": type(error).__name__, "message": str(error)})
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; finished work is kept, nothing half-written is left", err=True)
+            sys.exit(INTERRUPTED)
+
+    return command
+
+
+def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
+
+
+def _print_json(content: Any) -> None:
+    click.echo(json.dumps(content))
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; gives a function to call with done and total."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@click.group(**_SETTINGS)
+@click.version_option(__version__)
+def main() -> None:
+    """A photograph of a face in, a metric 3D head out."""
+
+
+@main.command()
+@click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
+@click.option("--server", metavar="HOST:PORT", help="Use a Triton server (its gRPC port) instead of this process.")
+@click.option("-o", "--output", type=_FOLDER, default=Path("out"), show_default=True, help="Where results go.")
+@click.option("--all-faces", is_flag=True, help="Every face of a photo, not only the largest.")
+@click.option("--detector", default="auto", show_default=True, help="auto, centerface, or scrfd.")
+@click.option("--weights", type=_FILE, help="A checkpoint; default: the shipped demo weights.")
+@_json_option
+@_guarded
+def reconstruct(
+    photos: tuple[str, ...],
+    server: str | None,
+    output: Path,
+    all_faces: bool,
+    detector: str,
+    weights: Path | None,
+    as_json: bool,
+) -> None:
+    """Reconstruct the head in each PHOTO: head.glb, head.obj, head.ply, overlay.png and params.json.
+
+    One photo writes straight into the output folder, several into a folder each. A photo that fails is named and
+    does not stop the rest; the exit code is then 1.
+    """
+    if server and weights:
+        raise click.UsageError("--weights is for this process; a server has its own")
+    folders = _name_folders(photos, output)
+    rows: list[dict[str, Any]] = []
+    with _open_pipeline(server, detector, weights) as pipeline, _progress("reconstructing") as progress:
+        for done, (photo, folder) in enumerate(zip(photos, folders, strict=True), 1):
+            rows.append(_reconstruct_one(pipeline, photo, folder, all_faces))
+            progress(done, len(photos))
+            if not as_json:
+                _say(rows[-1])
+    failed = [row for row in rows if "error" in row]
+    if as_json:
+        _print_json({"ok": not failed, "photos": rows})
+    elif len(photos) > 1:
+        click.echo(f"{len(photos) - len(failed)} of {len(photos)} photos reconstructed")
+    if failed:
+        sys.exit(failed[0]["exit_code"] if len(photos) == 1 else 1)
+
+
+def _name_folders(photos: tuple[str, ...], output: Path) -> list[Path]:
+    if len(photos) == 1:
+        return [output]
+    taken: dict[str, int] = {}
+    folders = []
+    for photo in photos:
+        stem = Path(photo).stem
+        taken[stem] = taken.get(stem, 0) + 1
+        folders.append(output / (stem if taken[stem] == 1 else f"{stem}-{taken[stem]}"))
+    return folders
+
+
+@contextmanager
+def _open_pipeline(server: str | None, detector: str, weights: Path | None) -> Iterator[Pipeline]:
+    if server:
+        from chebface.client import Client
+
+        with Client(server, detector=detector) as client:
+            yield client
+    else:
+        from chebface.reconstruct import Reconstructor
+
+        yield Reconstructor(weights, detector=detector)
+
+
+def _reconstruct_one(pipeline: Pipeline, photo: str, folder: Path, all_faces: bool) -> dict[str, Any]:
+    from chebface.photo import read
+
+    row: dict[str, Any] = {"photo": photo}
+    try:
+        image_u8 = read(photo)
+        faces = pipeline.reconstruct_all(image_u8) if all_faces else [pipeline.reconstruct(image_u8)]
+        row["faces"] = []
+        for number, face in enumerate(faces):
+            files = face.save(folder if number == 0 else folder / f"face-{number + 1}", image_u8)
+            row["faces"].append({"files": {name: str(path) for name, path in files.items()}} | _summarize(face))
+    except ChebfaceError as error:
+        row |= {"error": type(error).__name__, "message": f"{photo}: {error}", "exit_code": error.exit_code}
+    except OSError as error:
+        row |= {"error": "OSError", "message": f"{folder}: cannot write ({error})", "exit_code": 1}
+    return row
+
+
+def _summarize(face: Face) -> dict[str, Any]:
+    size_mm = (face.vertices.max(0) - face.vertices.min(0)) * 1000
+    return {
+        "found": face.found,
+        "detector_score": round(float(face.detection.score), 3),
+        "size_mm": [round(float(v)) for v in size_mm],
+        "head": face.head["name"],
+        "timings_ms": {step: round(ms, 1) for step, ms in face.timings_ms.items()},
+    }
+
+
+def _say(row: dict[str, Any]) -> None:
+    if "error" in row:
+        click.echo(f"error: {row['message']}", err=True)
+        return
+    for face in row["faces"]:
+        width, height, depth = face["size_mm"]
+        steps = ", ".join(f"{step} {ms:g} ms" for step, ms in face["timings_ms"].items())
+        click.echo(f"{row['photo']}: head {width} x {height} x {depth} mm on {face['head']} ({steps})")
+        for path in face["files"].values():
+            click.echo(f"  {path}")
+    if len(row["faces"]) < row["faces"][0]["found"]:
+        click.echo(f"  the largest of {row['faces'][0]['found']} faces; --all-faces takes every one")
+
+
+@main.command()
+@click.option("--repository", type=_FOLDER, default=Path("triton_models"), show_default=True, help="What to serve.")
+@click.option("--grpc-port", type=int, default=8001, show_default=True, help="For Client.")
+@click.option("--http-port", type=int, default=8000, show_default=True, help="For everything else that speaks KServe.")
+@click.option("--metrics-port", type=int, default=8002, show_default=True, help="Prometheus.")
+@click.option("--ngc", is_flag=True, help="Only print the command that serves the same models in NVIDIA's container.")
+@_guarded
+def serve(repository: Path, grpc_port: int, http_port: int, metrics_port: int, ngc: bool) -> None:
+    """Serve the models on 127.0.0.1 with the Triton server of the nvidia-pytriton wheel, until Ctrl-C or SIGTERM."""
+    from chebface.server import Server, ngc_command, stop_signals
+
+    if ngc:
+        click.echo(ngc_command(repository))
+        return
+    ports = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
+    try:
+        with stop_signals(), Server(repository, **ports) as server:
+            click.echo(f"serving on {server.url} (gRPC) and {server.http_url}; ready in {server.started_in_s:.1f} s")
+            click.echo(f"  chebface reconstruct PHOTO --server {server.url}")
+            click.echo(f"on a GPU machine, the same models in NVIDIA's container:\n  {ngc_command(repository)}")
+            server.watch()
+    except KeyboardInterrupt:
+        click.echo("stopped")
+
+
+@main.group()
+def head() -> None:
+    """The morphable heads: build, import, list, show."""
+
+
+@head.command()
+@_json_option
+@_guarded
+def build(as_json: bool) -> None:
+    """Make the built-in open head (once; later calls read it from the cache)."""
+    from chebface.heads import open_head
+
+    began = time.monotonic()
+    made = open_head()
+    if as_json:
+        _print_json({"ok": True, "name": made.name, "version": made.version, "sha256": made.sha256})
+    else:
+        seconds = time.monotonic() - began
+        click.echo(f"{made.name} {made.version} ready in {seconds:.1f} s (sha256 {made.sha256[:12]}, {made.licence})")
+
+
+@head.command(name="import")
+@click.argument("model", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--name", required=True, help="What to call it here, for example flame2020.")
+@click.option("--landmarks", type=_FILE, required=True, help="landmark_embedding.npy or .npz, or the static one.")
+@click.option("--contour", type=_FILE, help="flame_dynamic_embedding, when --landmarks is the static one.")
+@click.option("--masks", type=_FILE, help="FLAME_masks.pkl or .npz.")
+@click.option("--texture", type=_FILE, help="FLAME_texture.npz.")
+@click.option("--uv", type=_FILE, help="head_template.obj with texture coordinates.")
+@click.option("--force", is_flag=True, help="Replace a head of this name.")
+@_guarded
+def import_head(model: Path, name: str, force: bool, **parts: Path | None) -> None:
+    """Import an official FLAME file (pickle or npz; read without chumpy and without running any code in it)."""
+    from chebface.heads import flame_files, store
+
+    path = store.add(flame_files.read_flame(model, name=name, **parts), name, force=force)
+    click.echo(f"{name}: imported to {path}")
+
+
+@head.command(name="list")
+@_json_option
+@_guarded
+def list_heads(as_json: bool) -> None:
+    """The heads on this machine."""
+    from chebface.heads import store
+
+    entries = store.list_heads()
+    if as_json:
+        _print_json([{"name": e.name, "path": str(e.path)} | e.header for e in entries])
+        return
+    if not entries:
+        click.echo("no heads yet; `chebface head build` makes the open one")
+    for entry in entries:
+        about = (
+            entry.header.get("problem")
+            or f"{entry.header['name']} {entry.header['version']}, {entry.header['licence']}"
+        )
+        click.echo(f"{entry.name}: {about}\n  {entry.path}")
+
+
+@head.command()
+@click.argument("name", default="open")
+@click.option("-o", "--output", type=_FILE, default=Path("out/head.png"), show_default=True, help="The picture.")
+@_guarded
+def show(name: str, output: Path) -> None:
+    """Draw a contact sheet of a head: views, components, people, expressions."""
+    from chebface.heads import open_head, sheet
+
+    picture = sheet.draw(open_head(name))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.stem}.partial{output.suffix}")
+    picture.save(partial)
+    partial.replace(output)
+    click.echo(str(output))
+
+
+@main.group()
+def data() -> None:
+    """Training data."""
+
+
+_CONFIG = click.option("--config", type=_FILE, help="A TOML file of settings.")
+_SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting; may be repeated.")
+
+
+@data.command()
+@click.option("-o", "--output", type=_FOLDER, required=True, help="Folder of the dataset.")
+@_CONFIG
+@_SET
+@click.option("--workers", type=int, help="Processes; default: one per core.")
+@_guarded
+def synthesize(output: Path, config: Path | None, overrides: tuple[str, ...], workers: int | None) -> None:
+    """Make photographs of made-up people whose 486 parameters are known. Interrupted, it goes on where it was."""
+    from chebface import config as settings
+    from chebface.data import synthetic
+
+    wanted = settings.load(settings.Synthesize, config, overrides)
+    with _progress("synthesizing") as progress:
+        synthetic.synthesize(output, wanted, workers=workers, progress=progress)
+    click.echo(f"{output}: {wanted.count} faces")
+
+
+@main.group()
+def train() -> None:
+    """Train networks."""
+
+
+@train.command()
+@click.option("--data", "dataset", type=_FOLDER, required=True, help="What `chebface data synthesize` wrote.")
+@click.option("-o", "--output", type=_FOLDER, required=True, help="Folder for log, state and weights.")
+@_CONFIG
+@_SET
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on from the state in the output folder."
+)
+@_guarded
+def reconstructor(
+    dataset: Path, output: Path, config: Path | None, overrides: tuple[str, ...], device: str, resume: bool
+) -> None:
+    """Train the network that turns a face into 486 parameters."""
+    from chebface import config as settings
+    from chebface import train as training
+
+    wanted = settings.load(settings.TrainReconstructor, config, overrides)
+
+    with _progress("training") as progress:
+
+        def report(step: int, row: dict[str, Any]) -> None:
+            progress(step, wanted.steps)
+            if not sys.stderr.isatty():
+                click.echo(json.dumps(row), err=True)
+
+        path = training.train_reconstructor(wanted, dataset, output, resume=resume, device=device, report=report)
+    click.echo(f"{path}: {wanted.steps} steps")
+
+
+@main.group()
+def evaluate() -> None:
+    """Measure."""
+
+
+@evaluate.command()
+@click.argument("dataset", type=_FOLDER)
+@click.option("--weights", type=_FILE, help="A checkpoint; default: the shipped demo weights.")
+@_json_option
+@_guarded
+def synthetic(dataset: Path, weights: Path | None, as_json: bool) -> None:
+    """Errors on synthetic faces (DATASET of another seed than the training's), against the mean head's."""
+    from chebface import train as training
+
+    row = training.evaluate(weights, dataset)
+    if as_json:
+        _print_json(row)
+    else:
+        for name, value in row.items():
+            click.echo(f"{name:28} {value}")

@@ -1,0 +1,119 @@
+"""One frozen dataclass per program. Defaults, then a TOML file, then `--set key=value`; an unknown key is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from chebface.errors import ConfigError
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class TrainReconstructor:
+    """Settings of `chebface train reconstructor`. Optimiser, steps, batch and lambdas are the paper's."""
+
+    backbone: str = "iresnet100"
+    normalize_embedding: bool = False
+    head: str = "open"
+    steps: int = 160_000
+    batch: int = 8
+    learning_rate: float = 1e-5
+    weight_decay: float = 2e-4
+    warmup_steps: int = 0
+    final_learning_rate: float = 1.0  # of learning_rate, reached on a cosine at the last step; 1 keeps it constant
+    clip_gradient: float = 10.0  # largest gradient norm
+    lambda_2d: float = 0.4
+    lambda_3d: float = 0.6
+    lambda_vertices: float = 0.5  # the paper's lambda_1
+    # What known parameters of synthetic pairs add to the paper's losses; weights of the mean losses below.
+    weight_posed: float = 0.5  # posed vertices, mm
+    weight_pose: float = 10.0  # rotation matrices
+    weight_shape: float = 0.5  # coefficients, each in proportion to how far it moves the vertices
+    weight_texture: float = 0.02
+    weight_camera: float = 0.5
+    weight_light: float = 0.2
+    regularize: float = 1e-4  # shape and expression, squared
+    precision: str = "fp32"  # or bf16
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 500
+
+
+@dataclass(frozen=True)
+class Synthesize:
+    """Settings of `chebface data synthesize`: what the made-up photographs vary over."""
+
+    head: str = "open"
+    count: int = 50_000
+    shard: int = 2_000
+    seed: int = 0
+    yaw_sd_deg: float = 22.0
+    pitch_sd_deg: float = 11.0
+    roll_sd_deg: float = 6.0
+    hair: float = 0.85  # share of heads with hair
+    glasses: float = 0.18
+    occluder: float = 0.12
+    jpeg_quality: int = 92
+
+
+def load(kind: type[C], path: str | Path | None = None, overrides: Iterable[str] = ()) -> C:
+    """Settle a configuration.
+
+    Args:
+        kind: one of the dataclasses here.
+        path: a TOML file of flat `key = value` lines, or None.
+        overrides: "key=value" texts, applied last.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values.update(_read_toml(Path(path)))
+    for text in overrides:
+        key, found, value = text.partition("=")
+        if not found:
+            raise ConfigError(f"--set {text}: expected key=value")
+        values[key.strip()] = value.strip()
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(hints))}")
+    return kind(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain values, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"settings file {path}: {error}") from error
+
+
+def _convert(key: str, value: Any, want: type) -> Any:
+    try:
+        if want is bool and isinstance(value, str):
+            return {"true": True, "false": False}[value.lower()]
+        if isinstance(value, str) and want is not str:
+            return want(value)
+        if want is float and type(value) is int:
+            return float(value)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{key}: expected {want.__name__}, got {value!r}") from None
+    if type(value) is not want:
+        raise ConfigError(f"{key}: expected {want.__name__}, got {value!r}")
+    return value

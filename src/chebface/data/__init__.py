@@ -1,0 +1,1 @@
+"""Training data: photographs with what is known about the face in them."""

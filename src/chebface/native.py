@@ -1,0 +1,77 @@
+"""Compile one C++ file with a plain C interface at first use, and keep the result.
+
+The library is cached under a key of source, compiler, flags and processor, so a changed source or another machine
+compiles again. No compiler, or CHEBFACE_NATIVE=0, is no error: callers run their definition instead and say so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from chebface.cache import cache_dir
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that would be used: $CXX, else the first of c++, g++, clang++ on the PATH."""
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in wanted if (path := shutil.which(name))), None)
+
+
+def _processor() -> str:
+    # -march=native binds the library to this model of processor, so a shared home folder must not mix them.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return platform.processor()
+
+
+@cache
+def load(source: Path) -> ctypes.CDLL | None:
+    """Compile (or find compiled) and open a library.
+
+    Args:
+        source: a self-contained C++ file that exports C functions.
+
+    Returns:
+        The library, or None when there is no compiler, compiling fails, or CHEBFACE_NATIVE=0. `why_missing` tells.
+    """
+    return _load(source)[0]
+
+
+def why_missing(source: Path) -> str | None:
+    """Why `load(source)` gives None, or None when it gives a library."""
+    return _load(source)[1]
+
+
+@cache
+def _load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get("CHEBFACE_NATIVE") == "0":
+        return None, "CHEBFACE_NATIVE=0"
+    compiler = find_compiler()
+    if compiler is None:
+        return None, "no C++ compiler found (install g++ or set CXX)"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = (source.read_text(), compiler, version, " ".join(FLAGS), platform.machine(), _processor())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    library = cache_dir() / "native" / f"{source.stem}-{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / library.name
+            command = [compiler, *FLAGS, str(source), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                return None, f"{compiler} failed on {source.name}: {done.stderr.strip()[-500:]}"
+            os.replace(built, library)
+    return ctypes.CDLL(str(library)), None

@@ -1,0 +1,253 @@
+"""Synthetic pairs, shards, and the training loop that eats them; on a small made-up head."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from heads_for_tests import make_head
+
+from chebface import camera, params, train
+from chebface.config import Synthesize, TrainReconstructor, load
+from chebface.crop import ARCFACE_POINTS_PX, WIDE_MATRIX, WIDE_PX, five_points, transform
+from chebface.data.sample import Sample, Shards, write_shard
+from chebface.data.synthetic import Painter, _axis_angle, _draw_light, _matrix, _turn, synthesize
+from chebface.errors import AssetError
+from chebface.flame import Flame
+from chebface.heads import asset
+from chebface.render.light import irradiance
+
+COUNT = 36
+
+
+@pytest.fixture(scope="module")
+def head_file(tmp_path_factory):
+    return asset.save(make_head(), tmp_path_factory.mktemp("head") / "small.npz")
+
+
+@pytest.fixture(scope="module")
+def settings(head_file):
+    return Synthesize(head=str(head_file), count=COUNT, shard=20)
+
+
+@pytest.fixture(scope="module")
+def samples(head_file, settings):
+    return Painter(asset.load(head_file), settings).paint(range(COUNT))
+
+
+@pytest.fixture(scope="module")
+def dataset(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    synthesize(folder, settings, workers=1)
+    return folder
+
+
+def tiny(head_file, **changes) -> TrainReconstructor:
+    values = {"backbone": "light", "head": head_file, "steps": 6, "batch": 4, "learning_rate": 1e-3}
+    values |= {"log_every": 2, "save_every": 3, "warmup_steps": 2, "final_learning_rate": 0.1} | changes
+    return load(TrainReconstructor, None, [f"{key}={value}" for key, value in values.items()])
+
+
+def test_the_same_number_gives_the_same_face(head_file, settings, samples):
+    again = Painter(asset.load(head_file), settings).paint(range(3, 5))
+    for one, other in zip(samples[3:5], again, strict=True):
+        assert np.abs(one.wide_u8.astype(int) - other.wide_u8).mean() < 0.01  # batches differ in rounding
+        np.testing.assert_allclose(one.parameters, other.parameters, atol=1e-5)
+    assert not np.array_equal(samples[0].parameters, samples[1].parameters)
+
+
+def test_samples_are_pictures_with_known_parameters(samples):
+    for sample in samples:
+        assert sample.wide_u8.shape == (WIDE_PX, WIDE_PX, 3)
+        assert sample.wide_u8.dtype == np.uint8
+        assert sample.aligned_u8.shape == (112, 112, 3)
+        assert np.isfinite(sample.parameters).all()
+        assert sample.wide_u8.std() > 3
+
+
+def test_parameters_explain_the_landmarks_seen(head_file, samples):
+    """Law: decoding and projecting a sample's parameters lands where its photograph shows the landmarks, up to the
+    perspective that an orthographic camera cannot know."""
+    flame = Flame(asset.load(head_file))
+    parameters = torch.from_numpy(np.stack([s.parameters for s in samples]))
+    _, points = flame.decode(parameters)
+    ndc = camera.project(points, params.split(parameters)["camera"])
+    px = camera.ndc_to_px(ndc, WIDE_PX, WIDE_PX)[..., :2].numpy()
+    error = np.linalg.norm(px - np.stack([s.landmarks_px for s in samples]), axis=-1)
+    assert np.median(error) < 1.5
+    assert error.mean(1).max() < 6
+
+
+def test_faces_are_aligned_up_to_a_detectors_error(samples):
+    target = transform(ARCFACE_POINTS_PX, WIDE_MATRIX)
+    off = [np.linalg.norm(five_points(s.landmarks_px) - target, axis=1).mean() for s in samples]
+    assert np.median(off) < 12
+
+
+def test_rotations_go_there_and_back():
+    for angles in ((0, 0, 0), (0.7, -0.2, 0.4), (-1.2, 0.7, -0.3)):
+        matrix = _turn(*angles)
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-12)
+        np.testing.assert_allclose(_matrix(_axis_angle(matrix)), matrix, atol=1e-9)
+    np.testing.assert_allclose(_turn(0.5, 0, 0) @ [0, 0, 1], [np.sin(0.5), 0, np.cos(0.5)])
+
+
+def test_light_is_an_exposure_a_camera_would_choose():
+    for seed in range(50):
+        light = _draw_light(np.random.default_rng(seed))
+        front = irradiance(np.array([[0.0, 0, 1]]), light).mean()
+        assert 0.2 < front < 1.2
+
+
+def test_even_light_is_even():
+    light = np.zeros((9, 3))
+    light[0] = 1 / 0.2821
+    normals = np.random.default_rng(0).normal(size=(20, 3))
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    np.testing.assert_allclose(irradiance(normals, light), 1, atol=1e-12)
+    as_torch = irradiance(torch.from_numpy(normals)[None], torch.from_numpy(light).reshape(1, 27))
+    np.testing.assert_allclose(as_torch[0], 1, atol=1e-12)
+
+
+def test_shards_give_back_what_was_written(dataset, samples, settings):
+    shards = Shards(dataset)
+    assert len(shards) == COUNT
+    assert shards.about["settings"]["count"] == COUNT
+    for index in (0, 19, 20, COUNT - 1):
+        got, want = shards[index], samples[index]
+        np.testing.assert_allclose(got.parameters, want.parameters, atol=1e-5)
+        np.testing.assert_allclose(got.landmarks_px, want.landmarks_px, atol=1e-3)
+        assert np.abs(got.wide_u8.astype(int) - want.wide_u8).mean() < 6
+    shards.close()
+
+
+def test_interrupted_synthesis_goes_on(dataset, settings, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    whole = (tmp_path / "d" / "00001.tar").read_bytes()
+    (tmp_path / "d" / "shards.json").unlink()
+    (tmp_path / "d" / "00001.tar").unlink()
+    kept = (tmp_path / "d" / "00000.tar").stat().st_mtime_ns
+    with pytest.raises(AssetError, match=r"no shards\.json"):
+        Shards(tmp_path / "d")
+    seen = []
+    synthesize(tmp_path / "d", settings, workers=1, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(COUNT, COUNT)]
+    assert (tmp_path / "d" / "00001.tar").read_bytes() == whole
+    assert (tmp_path / "d" / "00000.tar").stat().st_mtime_ns == kept
+
+
+def test_folder_of_another_dataset_is_refused(dataset, settings):
+    other = load(Synthesize, None, [f"head={settings.head}", "count=36", "shard=20", "seed=9"])
+    with pytest.raises(AssetError, match="begun with other settings"):
+        synthesize(dataset, other)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:30_000])
+
+
+def _drop_partner(path):
+    with tarfile.open(path) as old:
+        members = [(m, old.extractfile(m)) for m in old.getmembers() if m.name != "000003.npy"]
+        with tarfile.open(path.with_suffix(".new"), "w") as new:
+            for member, file in members:
+                new.addfile(member, file)
+    path.with_suffix(".new").rename(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_truncate, "delete it"),
+        (lambda p: p.unlink(), "delete it"),
+        (lambda p: p.write_bytes(b"not a tar" * 99), "delete it"),
+        (_drop_partner, "no .npy beside it"),
+    ],
+)
+def test_damaged_shards_are_named(dataset, tmp_path, damage, says):
+    shutil.copytree(dataset, tmp_path / "d")
+    damage(tmp_path / "d" / "00001.tar")
+    with pytest.raises(AssetError, match=rf"00001\.tar.*{says}"):
+        Shards(tmp_path / "d")
+
+
+def test_samples_of_another_size_are_refused(tmp_path, settings):
+    odd = Sample(np.zeros((10, 10, 3), np.uint8), np.zeros(486, np.float32), np.zeros((68, 2), np.float32))
+    write_shard(tmp_path / "00000.tar", [odd], 90)
+    (tmp_path / "shards.json").write_text(json.dumps({"shards": ["00000.tar"]}))
+    with pytest.raises(AssetError, match="sample 0"):
+        Shards(tmp_path)[0]
+
+
+def test_training_lowers_the_loss(dataset, head_file, tmp_path):
+    rows = []
+    config = tiny(head_file, steps=40, batch=18, save_every=40, log_every=4)
+    train.train_reconstructor(config, dataset, tmp_path, report=lambda step, row: rows.append(row))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-1]["landmarks"] < 0.7 * rows[0]["landmarks"]
+
+
+def test_a_killed_run_resumes_bit_for_bit(dataset, head_file, tmp_path):
+    config = tiny(head_file)
+    rows = []
+    whole = train.train_reconstructor(config, dataset, tmp_path / "whole", report=lambda s, r: rows.append(r))
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert {"vertices", "landmarks", "pose"} <= rows[0].keys()
+
+    code = (
+        "import os, sys; from chebface import config, train\n"
+        "c = config.load(config.TrainReconstructor, None, sys.argv[3:])\n"
+        "kill = lambda step, row: os.kill(os.getpid(), 9) if step >= 4 else None\n"
+        "train.train_reconstructor(c, sys.argv[1], sys.argv[2], report=kill)"
+    )
+    overrides = [f"{key}={value}" for key, value in vars(config).items()]
+    command = [sys.executable, "-c", code, str(dataset), str(tmp_path / "killed"), *overrides]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -9
+    resumed = train.train_reconstructor(config, dataset, tmp_path / "killed")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 4, 6]  # killed after step 4, gone on from the state of step 3
+    assert resumed.read_bytes() == whole.read_bytes()
+
+    with pytest.raises(AssetError, match="other settings \\(seed\\)"):
+        train.train_reconstructor(tiny(head_file, seed=5), dataset, tmp_path / "killed")
+
+
+def test_evaluation_reports_against_the_mean_head(dataset, head_file, tmp_path):
+    weights = train.train_reconstructor(tiny(head_file, steps=2), dataset, tmp_path)
+    row = train.evaluate(weights, dataset)
+    assert row["faces"] == COUNT
+    assert row["ratio"] == pytest.approx(row["neutral_mm"] / row["mean_head_neutral_mm"], rel=1e-3)
+    assert row["mean_head_neutral_mm"] > 1
+    assert row["landmarks_px"] > 0
+
+
+def test_training_refuses_what_does_not_fit(dataset, head_file, tmp_path):
+    other = asset.save(make_head(seed=7), tmp_path / "other.npz")
+    with pytest.raises(AssetError, match="trained on head"):
+        train.train_reconstructor(tiny(other), dataset, tmp_path / "a")
+    with pytest.raises(AssetError, match="fewer than one batch"):
+        train.train_reconstructor(tiny(head_file, batch=64), dataset, tmp_path / "b")
+    with pytest.raises(train.DivergedError, match=r"step \d+: loss term"):
+        train.train_reconstructor(tiny(head_file, learning_rate=1e30, warmup_steps=0), dataset, tmp_path / "c")
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = TrainReconstructor(steps=100, learning_rate=2.0, warmup_steps=10, final_learning_rate=0.5)
+    rates = [train.learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == pytest.approx(2.0)
+    assert rates[-1] == pytest.approx(1.0, abs=0.01)
+    assert all(b <= a for a, b in pairwise(rates[10:]))
+    assert train.learning_rate(TrainReconstructor(), 159_999) == 1e-5
+
+
+def test_rotation_angle():
+    turn = torch.tensor([[0.0, 0.3, 0.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(train.angle_deg(turn, torch.zeros(2, 3)), [np.degrees(0.3), 0], atol=0.05)
