@@ -75,6 +75,8 @@ def main() -> None:
 @main.command()
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
 @click.option("--server", metavar="HOST:PORT", help="Use a Triton server (its gRPC port) instead of this process.")
+@click.option("--serve", "serve_here", is_flag=True, help="Start a Triton server for this command, and stop it after.")
+@click.option("--repository", type=_FOLDER, default=Path("triton_models"), help="What --serve serves.")
 @click.option("-o", "--output", type=_FOLDER, default=Path("out"), show_default=True, help="Where results go.")
 @click.option("--all-faces", is_flag=True, help="Every face of a photo, not only the largest.")
 @click.option("--detector", default="auto", show_default=True, help="auto, centerface, or scrfd.")
@@ -84,6 +86,8 @@ def main() -> None:
 def reconstruct(
     photos: tuple[str, ...],
     server: str | None,
+    serve_here: bool,
+    repository: Path,
     output: Path,
     all_faces: bool,
     detector: str,
@@ -95,11 +99,13 @@ def reconstruct(
     One photo writes straight into the output folder, several into a folder each. A photo that fails is named and
     does not stop the rest; the exit code is then 1.
     """
-    if server and weights:
+    if serve_here and server:
+        raise click.UsageError("--serve starts a server of its own; give either that or --server")
+    if weights and (server or serve_here):
         raise click.UsageError("--weights is for this process; a server has its own")
     folders = _name_folders(photos, output)
     rows: list[dict[str, Any]] = []
-    with _open_pipeline(server, detector, weights) as pipeline, _progress("reconstructing") as progress:
+    with _open_pipeline(server, repository if serve_here else None, detector, weights) as pipeline, _progress("reconstructing") as progress:
         for done, (photo, folder) in enumerate(zip(photos, folders, strict=True), 1):
             rows.append(_reconstruct_one(pipeline, photo, folder, all_faces))
             progress(done, len(photos))
@@ -127,8 +133,17 @@ def _name_folders(photos: tuple[str, ...], output: Path) -> list[Path]:
 
 
 @contextmanager
-def _open_pipeline(server: str | None, detector: str, weights: Path | None) -> Iterator[Pipeline]:
-    if server:
+def _open_pipeline(
+    server: str | None, repository: Path | None, detector: str, weights: Path | None
+) -> Iterator[Pipeline]:
+    if repository:
+        from chebface.server import Server, stop_signals
+
+        with stop_signals(), Server(repository) as started:
+            click.echo(f"Triton server on {started.url}, ready in {started.started_in_s:.1f} s", err=True)
+            with _open_pipeline(started.url, None, detector, weights) as pipeline:
+                yield pipeline
+    elif server:
         from chebface.client import Client
 
         with Client(server, detector=detector) as client:

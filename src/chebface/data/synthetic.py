@@ -180,6 +180,8 @@ class Painter:
         picture = picture * (rng.uniform(0.75, 1.25) * rng.uniform(0.92, 1.08, 3)).astype(np.float32)
         tone = (np.linspace(0, 1, 256) ** rng.uniform(0.8, 1.2) * 255).astype(np.uint8)
         image = Image.fromarray(tone[(np.clip(picture, 0, 1) * 255).astype(np.uint8)])
+        if rng.random() < 0.6:
+            _draw_teeth(rng, image, landmarks_px)
         if rng.random() < self.config.glasses:
             _draw_glasses(rng, image, landmarks_px)
         if rng.random() < self.config.occluder:
@@ -390,6 +392,19 @@ def _draw_behind(rng: Generator, canvas: np.ndarray, landmarks_px: np.ndarray, h
     outline = [(chin[0] - neck, top), (chin[0] + neck, top), (chin[0] + right, top + 40), (chin[0] + right, 300)]
     draw.polygon([*outline, (chin[0] - left, 300), (chin[0] - left, top + 40)], fill=_any_colour(rng))
     canvas[:] = np.asarray(image)
+
+
+def _draw_teeth(rng: Generator, image, landmarks_px: np.ndarray) -> None:
+    """Upper teeth in an open mouth; the mesh has none."""
+    from PIL import ImageDraw
+
+    upper, lower = landmarks_px[60:65], landmarks_px[[64, 67, 66, 65, 60]][::-1]
+    if np.linalg.norm(upper[2] - lower[2]) < 3:
+        return
+    edge = upper + (lower - upper) * rng.uniform(0.3, 0.9)
+    shade = np.asarray(image)[int(np.clip(landmarks_px[33, 1], 0, WIDE_PX - 1)), :, :].max() / 255
+    white = np.array([0.95, 0.92, 0.86]) * min(1.0, float(shade) * rng.uniform(0.7, 1.1))
+    ImageDraw.Draw(image).polygon([tuple(p) for p in [*upper, *edge[::-1]]], fill=_to_fill(white))
 
 
 def _draw_glasses(rng: Generator, image, landmarks_px: np.ndarray) -> None:

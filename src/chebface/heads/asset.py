@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ FORMAT = 1
 JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
 PARENTS = (-1, 0, 1, 1, 1)
 REGIONS = ("face", "nose", "lips", "eye_region", "forehead", "ears", "eyeballs", "scalp", "neck")
+# What reading a damaged npz can end in.
+_BROKEN = (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 CONTOUR_STEPS = 79  # degrees of yaw: 0..39 to one side, then 1..39 to the other, as in FLAME
 
 
@@ -165,10 +168,11 @@ def load(path: str | Path) -> Head:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         header = json.loads(arrays.pop("header").tobytes())
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+    except _BROKEN as error:
         raise AssetError(f"head file {path}: not a whole chebface head ({error}); build or import it again") from error
-    if header.get("format") != FORMAT:
-        raise AssetError(f"head file {path}: format {header.get('format')}, wanted {FORMAT}; build or import it again")
+    version = header.get("format") if isinstance(header, dict) else None
+    if version != FORMAT:
+        raise AssetError(f"head file {path}: format {version}, wanted {FORMAT}; build or import it again")
     masks = {name[5:]: arrays.pop(name) for name in list(arrays) if name.startswith("mask_")}
     try:
         head = Head(
