@@ -30,7 +30,7 @@ def walk(command: Command, path: tuple[str, ...] = ()):
             yield from walk(child, (*path, name))
 
 
-@pytest.mark.parametrize(("path", "command"), list(walk(cli.main)), ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+@pytest.mark.parametrize(("path", "command"), [pytest.param(*each, id=" ".join(each[0])) for each in walk(cli.main)])
 def test_every_command_and_option_has_help(run, path, command):
     assert run(*path, "--help").exit_code == 0
     assert command.help
@@ -97,7 +97,8 @@ def test_no_face_one_pixel_and_twenty_thousand(run, tmp_path):
     Image.new("RGB", (300, 200), (120, 140, 160)).save(tmp_path / "sky.png")
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
-    result = run("reconstruct", *(tmp_path / f"{n}.png" for n in ("sky", "dot", "huge")), "-o", tmp_path / "o", "--json")
+    photos = [tmp_path / f"{name}.png" for name in ("sky", "dot", "huge")]
+    result = run("reconstruct", *photos, "-o", tmp_path / "o", "--json")
     assert result.exit_code == 1
     rows = json.loads(result.stdout)["photos"]
     assert [row["error"] for row in rows] == ["NoFaceError", "PhotoError", "PhotoError"]

@@ -105,7 +105,10 @@ def reconstruct(
         raise click.UsageError("--weights is for this process; a server has its own")
     folders = _name_folders(photos, output)
     rows: list[dict[str, Any]] = []
-    with _open_pipeline(server, repository if serve_here else None, detector, weights) as pipeline, _progress("reconstructing") as progress:
+    with (
+        _open_pipeline(server, repository if serve_here else None, detector, weights) as pipeline,
+        _progress("reconstructing") as progress,
+    ):
         for done, (photo, folder) in enumerate(zip(photos, folders, strict=True), 1):
             rows.append(_reconstruct_one(pipeline, photo, folder, all_faces))
             progress(done, len(photos))
@@ -216,7 +219,7 @@ def serve(repository: Path, grpc_port: int, http_port: int, metrics_port: int, n
         with stop_signals(), Server(repository, **ports) as server:
             click.echo(f"serving on {server.url} (gRPC) and {server.http_url}; ready in {server.started_in_s:.1f} s")
             click.echo(f"  chebface reconstruct PHOTO --server {server.url}")
-            click.echo(f"on a GPU machine, the same models in NVIDIA's container:\n  {ngc_command(repository)}")
+            click.echo(f"the same models in NVIDIA's container:\n  {ngc_command(repository)}")
             server.watch()
     except KeyboardInterrupt:
         click.echo("stopped")

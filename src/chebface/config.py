@@ -32,9 +32,9 @@ class TrainReconstructor:
     lambda_3d: float = 0.6
     lambda_vertices: float = 0.5  # the paper's lambda_1
     # What known parameters of synthetic pairs add to the paper's losses; weights of the mean losses below.
-    weight_posed: float = 0.5  # posed vertices, mm
+    weight_posed: float = 0.2  # posed vertices, mm
     weight_pose: float = 10.0  # rotation matrices
-    weight_shape: float = 0.5  # coefficients, each in proportion to how far it moves the vertices
+    weight_shape: float = 3.0  # coefficients, each in proportion to how far it moves the vertices
     weight_texture: float = 0.02
     weight_camera: float = 0.5
     weight_light: float = 0.2

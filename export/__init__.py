@@ -1,0 +1,1 @@
+"""What you run to build what is served: `python -m export --help`."""

@@ -1,0 +1,82 @@
+"""Compiling at first use: cached by content, atomic, and honest about why it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from chebface import native
+from chebface.cache import cache_dir
+
+SOURCE = 'extern "C" int answer() { return %d; }\n'
+needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHEBFACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CHEBFACE_NATIVE", raising=False)
+    native.load.cache_clear(), native._load.cache_clear()
+    yield
+    native.load.cache_clear(), native._load.cache_clear()
+
+
+def write(tmp_path, number):
+    path = tmp_path / f"answer{number}.cpp"
+    path.write_text(SOURCE % number)
+    return path
+
+
+@needs_compiler
+def test_compiles_once_per_content(tmp_path, monkeypatch):
+    source = write(tmp_path, 42)
+    assert native.load(source).answer() == 42
+    built = list((tmp_path / "cache" / "native").iterdir())
+    assert len(built) == 1
+    native.load.cache_clear(), native._load.cache_clear()
+    real, calls = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda command, **k: calls.append(command) or real(command, **k))
+    assert native.load(source).answer() == 42
+    assert all("--version" in command for command in calls)
+    source.write_text(SOURCE % 43)
+    native.load.cache_clear(), native._load.cache_clear()
+    assert native.load(source).answer() == 43
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_says_so_and_leaves_nothing(tmp_path):
+    source = tmp_path / "broken.cpp"
+    source.write_text("int x = ;")
+    assert native.load(source) is None
+    assert "broken.cpp" in native.why_missing(source)
+    assert not list((tmp_path / "cache" / "native").iterdir())
+
+
+def test_no_compiler_and_switched_off_are_reasons(tmp_path, monkeypatch):
+    source = write(tmp_path, 1)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.load(source) is None
+    assert "no C++ compiler" in native.why_missing(source)
+    native.load.cache_clear(), native._load.cache_clear()
+    monkeypatch.setenv("CHEBFACE_NATIVE", "0")
+    assert native.why_missing(source) == "CHEBFACE_NATIVE=0"
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "expected"),
+    [
+        ("linux", {"CHEBFACE_CACHE": "/a/b"}, "/a/b"),
+        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/chebface"),
+        ("linux", {"HOME": "/h"}, "/h/.cache/chebface"),
+        ("darwin", {"HOME": "/h"}, "/h/Library/Caches/chebface"),
+        ("win32", {"LOCALAPPDATA": "/l"}, "/l/chebface/Cache"),
+    ],
+)
+def test_cache_folder_follows_the_platform(monkeypatch, platform, variables, expected):
+    for name in ("CHEBFACE_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.platform", platform)
+    assert cache_dir().as_posix() == expected

@@ -1,0 +1,179 @@
+"""The model repository: one text, written from signature.py; what does not fit is never copied."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from google.protobuf import text_format
+from models_for_tests import stand_in
+from tritonclient.grpc import model_config_pb2
+
+from chebface import signature
+from chebface.errors import AssetError, MissingDependencyError
+from chebface.server import check_repository
+from chebface.signature import LEAVES, MODELS, REGRESS, Model
+from export.repository import check_config, config_text, fill_repository, signature_digest
+from export.to_onnx import MANIFEST, _describe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse(model: Model):
+    return text_format.Parse(config_text(model), model_config_pb2.ModelConfig())
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An export folder of stand-ins."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name, model in LEAVES.items():
+        write(folder, name, stand_in(model))
+    record(folder)
+    return folder
+
+
+def write(folder: Path, name: str, proto: onnx.ModelProto, head: str = "0") -> None:
+    proto.metadata_props.add(key="chebface.head_sha256", value=head)
+    onnx.save(proto, folder / f"{name}.onnx")
+
+
+def record(folder: Path) -> None:
+    files = {name: _describe(folder / f"{name}.onnx", f"{name}.onnx") for name in LEAVES}
+    (folder / MANIFEST).write_text(json.dumps({"inputs": {}, "files": files}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_committed_config_is_what_signature_gives(name: str) -> None:
+    committed = (ROOT / "triton_models" / name / "config.pbtxt").read_text()
+    assert committed == config_text(MODELS[name]), "run `python -m export repository` and commit triton_models"
+    check_config(committed, MODELS[name], name)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaf_says_what_the_server_would_guess(name: str) -> None:
+    config = parse(LEAVES[name])
+    assert (config.backend, config.platform) == ("onnxruntime", "")
+    assert [(group.count, group.kind) for group in config.instance_group] == [
+        (1, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    ]
+    assert config.HasField("dynamic_batching") == LEAVES[name].batched
+    assert list(config.version_policy.specific.versions) == [1]
+    assert config.parameters["intra_op_thread_count"].string_value == "1"
+    assert [warmup.batch_size for warmup in config.model_warmup] == (
+        [1, signature.MAX_BATCH] if LEAVES[name].batched else [0]
+    )
+    for warmup in config.model_warmup:
+        assert sorted(warmup.inputs) == sorted(tensor.name for tensor in LEAVES[name].inputs)
+
+
+def test_queue_refuses_and_honours_the_callers_deadline() -> None:
+    policy = parse(REGRESS).dynamic_batching.default_queue_policy
+    assert policy.timeout_action == model_config_pb2.ModelQueuePolicy.REJECT
+    assert policy.allow_timeout_override
+    assert 0 < policy.max_queue_size <= 1024
+    assert policy.default_timeout_microseconds > 0
+
+
+def test_ensemble_wires_every_tensor() -> None:
+    config = parse(MODELS["reconstruct"])
+    assert config.platform == "ensemble"
+    assert not config.HasField("dynamic_batching")
+    known = {tensor.name for tensor in config.input}
+    for step in config.ensemble_scheduling.step:
+        assert set(step.input_map.values()) <= known
+        assert {*step.input_map} == {tensor.name for tensor in MODELS[step.model_name].inputs}
+        known |= set(step.output_map.values())
+    assert {tensor.name for tensor in config.output} <= known
+
+
+def test_every_config_carries_the_signatures_digest() -> None:
+    for model in MODELS.values():
+        assert parse(model).parameters["chebface.signature"].string_value == signature_digest()[:16]
+
+
+def test_digest_follows_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signature_digest()
+    tensor = dataclasses.replace(REGRESS.outputs[0], shape=(436,))
+    monkeypatch.setitem(MODELS, "regress", dataclasses.replace(REGRESS, outputs=(tensor,)))
+    assert signature_digest() != before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name: "regress"', 'name: "regres"', "name: signature.py says regress"),
+        ("max_batch_size: 32", "max_batch_size: 8", "max_batch_size: signature.py says 32, the file 8"),
+        ("TYPE_UINT8 dims: [ 112", "TYPE_FP32 dims: [ 112", "input: signature.py says"),
+        ("dims: [ 486 ]", "dims: [ 436 ]", "output: signature.py says"),
+        ("backend:", "back-end:", "python -m export repository"),
+    ],
+)
+def test_edited_config_is_refused(old: str, new: str, message: str) -> None:
+    text = config_text(REGRESS)
+    assert old in text
+    with pytest.raises(AssetError, match=message):
+        check_config(text.replace(old, new), REGRESS, "regress/config.pbtxt")
+
+
+def test_ensemble_of_other_steps_is_refused() -> None:
+    text = config_text(MODELS["reconstruct"]).replace('model_name: "decode"', 'model_name: "decoder"')
+    with pytest.raises(AssetError, match="steps"):
+        check_config(text, MODELS["reconstruct"], "reconstruct")
+
+
+def test_filled_repository_is_complete_and_filled_once(source: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    first = fill_repository(source, models)
+    assert sorted(first["changed"]) == sorted(
+        [*(f"{name}/config.pbtxt" for name in MODELS), *(f"{name}/1/model.onnx" for name in LEAVES)]
+    )
+    assert check_repository(models) == models.resolve()
+    assert (models / "reconstruct" / "1").is_dir()
+    said: list[str] = []
+    assert fill_repository(source, models, say=said.append)["changed"] == []
+    assert said == [f"{models}: up to date"]
+    (models / "decode" / "1" / "model.onnx").write_bytes(b"")
+    assert fill_repository(source, models)["changed"] == ["decode/1/model.onnx"]
+    assert not list(models.rglob("*.partial"))
+
+
+def test_missing_or_changed_export_is_refused(source: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    with pytest.raises(AssetError, match="run `python -m export onnx`"):
+        fill_repository(tmp_path / "nothing", models)
+    (source / "decode.onnx").write_bytes(b"changed")
+    with pytest.raises(AssetError, match="no whole export there"):
+        fill_repository(source, models)
+    assert not models.exists()
+
+
+def test_export_of_another_signature_is_refused_whole(source: Path, tmp_path: Path) -> None:
+    write(source, "decode", stand_in(REGRESS))
+    record(source)
+    models = tmp_path / "models"
+    with pytest.raises(AssetError, match=r"decode.onnx: inputs: signature.py says"):
+        fill_repository(source, models)
+    assert not models.exists()
+
+
+def test_files_of_two_heads_are_refused(source: Path, tmp_path: Path) -> None:
+    write(source, "topology", stand_in(LEAVES["topology"]), head="1")
+    record(source)
+    with pytest.raises(AssetError, match="exported for different heads"):
+        fill_repository(source, tmp_path / "models")
+
+
+def test_missing_packages_are_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tritonclient.grpc", None)
+        with pytest.raises(MissingDependencyError, match=r"pip install 'chebface\[client\]'"):
+            check_config(config_text(REGRESS), REGRESS, "regress")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'chebface\[export\]'"):
+        fill_repository(source, tmp_path / "models")
