@@ -32,6 +32,7 @@ from chebface.render import raster
 from chebface.render.light import CONSTANTS, harmonics, irradiance
 
 _BATCH = 16
+_NOT_ALONE = {"jawOpen", "mouthClose", "unit-mouth-open"}  # the jaw joint opens the mouth; the second corrects the first
 _TARGET_PX = transform(ARCFACE_POINTS_PX, WIDE_MATRIX)  # where the five points belong in the wide frame
 
 
@@ -271,10 +272,10 @@ def _write_json(path: Path, content: dict) -> Path:
 
 
 def _pair_actions(names: tuple[str, ...]) -> list[list[int]]:
-    """Indices of named facial actions, left and right of one action together; jaw opening is left to the jaw joint."""
+    """Indices of named facial actions, left and right of one action together."""
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(names):
-        if name.lower().startswith("jawopen"):
+        if name in _NOT_ALONE:
             continue
         groups.setdefault(name.replace("Left", "").replace("Right", ""), []).append(index)
     return list(groups.values())
