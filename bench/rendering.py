@@ -30,10 +30,11 @@ def measure(seconds: float) -> list[dict[str, Any]]:
     head = open_head()
     ndc = camera.project(head.template.astype(np.float64), np.array([6.7, 0.0, 0.0]))
     points, faces = camera.ndc_to_px(ndc, SIZE, SIZE).astype(np.float32), head.faces
-    common = {"bench": "rendering", "batch": 1, "threads": 1}
+    common: dict[str, Any] = {"batch": 1, "threads": 1}
 
     got, want = (f(points, faces, SIZE, SIZE) for f in (raster.rasterize, raster.rasterize_reference))
-    row = make_record(
+    rasterizing = make_record(
+        bench="rendering",
         case="rasterize",
         implementation="native",
         rival="numpy definition",
@@ -42,33 +43,29 @@ def measure(seconds: float) -> list[dict[str, Any]]:
             lambda: raster.rasterize_reference(points, faces, SIZE, SIZE),
             seconds=seconds,
         ),
-        **common,
-        **{"pass": "forward", "check": check("rasterize", float((got[0] != want[0]).mean()), 1e-3)},
+        **common | {"pass": "forward", "check": check("rasterize", float((got[0] != want[0]).mean()), 1e-3)},
     )
-    rows = [row]
 
     colours = torch.from_numpy(head.texture_mean)
     renderer = CpuRenderer(faces)
 
     def ours() -> torch.Tensor:
         p = torch.from_numpy(points).requires_grad_()
-        renderer.render(p[None], colours[None], SIZE, SIZE)[0].sum().backward()
-        return p.grad
+        return torch.autograd.grad(renderer.render(p[None], colours[None], SIZE, SIZE)[0].sum(), p)[0]
 
     def autograd() -> torch.Tensor:
         p = torch.from_numpy(points).requires_grad_()
         hits = raster.rasterize(points, faces, SIZE, SIZE)
-        _interpolate_reference(p, colours, faces, *hits).sum().backward()
-        return p.grad
+        return torch.autograd.grad(_interpolate_reference(p, colours, faces, *hits).sum(), p)[0]
 
     scale = autograd().abs().max()
     error = float((ours() - autograd()).abs().max() / scale)
-    row = make_record(
+    rendering = make_record(
+        bench="rendering",
         case="render",
         implementation="native",
         rival="torch autograd over the same rasterisation",
         times=race(ours, autograd, seconds=seconds),
-        **common,
-        **{"pass": "both", "check": check("render", error, 1e-3)},
+        **common | {"pass": "both", "check": check("render", error, 1e-3)},
     )
-    return [*rows, row]
+    return [rasterizing, rendering]

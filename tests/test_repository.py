@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2
 
 from chebface import signature
 from chebface.errors import AssetError, MissingDependencyError
-from chebface.server import check_repository
+from chebface.repository import check_repository
 from chebface.signature import LEAVES, MODELS, REGRESS, Model
 from export.repository import check_config, config_text, fill_repository, signature_digest
 from export.to_onnx import MANIFEST, _describe

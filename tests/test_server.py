@@ -29,8 +29,10 @@ from chebface.errors import (
     ServerError,
     ServerUnavailableError,
 )
-from chebface.server import Server, check_repository, find_wheel, ngc_command, stop_signals
+from chebface.repository import check_repository
+from chebface.server import Server, stop_signals
 from chebface.signature import DECODE, LEAVES, MODELS
+from chebface.wheel import find_wheel, make_environment, ngc_command
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +314,7 @@ def test_interpreter_without_the_usual_name_is_refused(tmp_path: Path, monkeypat
     wheel = find_wheel()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(MissingDependencyError, match="no python3 there"):
-        server_module._environment(wheel, tmp_path)
+        make_environment(wheel, tmp_path)
 
 
 def test_lost_port_is_chosen_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

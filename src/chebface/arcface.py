@@ -51,13 +51,13 @@ class _IBasicBlock(nn.Module):
         self.prelu = nn.PReLU(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, stride, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
-        self.downsample: nn.Module | None = None
+        self.downsample: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
-        return y + (x if self.downsample is None else self.downsample(x))
+        return y + self.downsample(x)
 
 
 class IResNet(nn.Module):

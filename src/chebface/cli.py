@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_SETTINGS = {"context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 110}}
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 def _guarded(run: Callable[..., None]) -> Callable[..., None]:
@@ -66,7 +66,7 @@ def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-@click.group(**_SETTINGS)
+@click.group(context_settings=_CONTEXT)
 @click.version_option(__version__)
 def main() -> None:
     """A photograph of a face in, a metric 3D head out."""
@@ -209,14 +209,15 @@ def _say(row: dict[str, Any]) -> None:
 @_guarded
 def serve(repository: Path, grpc_port: int, http_port: int, metrics_port: int, ngc: bool) -> None:
     """Serve the models on 127.0.0.1 with the Triton server of the nvidia-pytriton wheel, until Ctrl-C or SIGTERM."""
-    from chebface.server import Server, ngc_command, stop_signals
+    from chebface.server import Server, stop_signals
+    from chebface.wheel import ngc_command
 
     if ngc:
         click.echo(ngc_command(repository))
         return
-    ports = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
+    made = Server(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
     try:
-        with stop_signals(), Server(repository, **ports) as server:
+        with stop_signals(), made as server:
             click.echo(f"serving on {server.url} (gRPC) and {server.http_url}; ready in {server.started_in_s:.1f} s")
             click.echo(f"  chebface reconstruct PHOTO --server {server.url}")
             click.echo(f"the same models in NVIDIA's container:\n  {ngc_command(repository)}")
@@ -256,11 +257,23 @@ def build(as_json: bool) -> None:
 @click.option("--uv", type=_FILE, help="head_template.obj with texture coordinates.")
 @click.option("--force", is_flag=True, help="Replace a head of this name.")
 @_guarded
-def import_head(model: Path, name: str, force: bool, **parts: Path | None) -> None:
+def import_head(
+    model: Path,
+    name: str,
+    landmarks: Path,
+    contour: Path | None,
+    masks: Path | None,
+    texture: Path | None,
+    uv: Path | None,
+    force: bool,
+) -> None:
     """Import an official FLAME file (pickle or npz; read without chumpy and without running any code in it)."""
     from chebface.heads import flame_files, store
 
-    path = store.add(flame_files.read_flame(model, name=name, **parts), name, force=force)
+    made = flame_files.read_flame(
+        model, landmarks=landmarks, contour=contour, masks=masks, texture=texture, uv=uv, name=name
+    )
+    path = store.add(made, name, force=force)
     click.echo(f"{name}: imported to {path}")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import http.client
-import importlib.metadata
-import importlib.util
 import json
 import os
 import secrets
@@ -14,171 +12,30 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 from chebface import signature
 from chebface.errors import (
-    AssetError,
     ConfigError,
     InputError,
-    MissingDependencyError,
     ServerError,
     ServerUnavailableError,
 )
-from chebface.signature import LEAVES, MODELS, Tensor
+from chebface.repository import check_repository, materialise
+from chebface.signature import MODELS, Tensor
+from chebface.wheel import HOST, Wheel, find_wheel, make_environment
 
-HOST = "127.0.0.1"
-NGC_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"  # or later
 RESTRICTED = ("model-repository", "model-config", "shared-memory", "statistics", "trace", "logging")
 PORT_ATTEMPTS = 3  # a free port may be lost between its choice and its use
 PORT_TAKEN = "already in use"
 LOG_TAIL = 30  # lines shown when the server fails
 SHM = Path("/dev/shm")
 BROKEN_STOP_S = 2.0  # a server whose Python stub died never ends by itself
-ONNX_TYPES = {"FP32": "tensor(float)", "UINT8": "tensor(uint8)", "INT32": "tensor(int32)", "BYTES": "tensor(string)"}
-
-
-def ngc_command(repository: str | Path = "triton_models") -> str:
-    """The shell command that serves the same repository with NVIDIA's container, with its native backends."""
-    folder = Path(repository).resolve()
-    return (
-        f"docker run --rm --shm-size=1g -p {HOST}:8000-8002:8000-8002 -v {folder}:/models:ro {NGC_IMAGE} "
-        "tritonserver --model-repository=/models --disable-auto-complete-config --model-control-mode=none "
-        "--exit-on-error=true --strict-readiness=true"
-    )
-
-
-def check_repository(repository: str | Path) -> Path:
-    """Make sure that a model repository is complete before a server is asked to load it.
-
-    Every model of signature.py must have its config.pbtxt, every leaf a model file whose tensors are those of
-    signature.py.
-
-    Returns:
-        The repository's resolved path.
-
-    Raises:
-        AssetError: a part is missing or a model file is not what signature.py says.
-        MissingDependencyError: onnxruntime is not installed.
-    """
-    folder = Path(repository).resolve()
-    fix = "`python -m export all` fills a model repository"
-    if not folder.is_dir():
-        raise AssetError(f"model repository {folder}: not found; {fix}")
-    for name in MODELS:
-        if not (folder / name / "config.pbtxt").is_file():
-            raise AssetError(f"model repository {folder}: {name}/config.pbtxt is missing; {fix}")
-    for name, model in LEAVES.items():
-        path = folder / name / "1" / "model.onnx"
-        if not path.is_file():
-            raise AssetError(f"model repository {folder}: {name}/1/model.onnx is missing; {fix}")
-        session = _open_model(path)
-        lead = 1 if model.batched else 0
-        for kind, want, got in (
-            ("input", model.inputs, session.get_inputs()),
-            ("output", model.outputs, session.get_outputs()),
-        ):
-            found = {t.name: (t.type, tuple(t.shape[lead:]), not lead or isinstance(t.shape[0], str)) for t in got}
-            wanted = {t.name: (ONNX_TYPES[t.dtype], t.shape, True) for t in want}
-            if found != wanted:
-                raise AssetError(
-                    f"{path}: its {kind}s are not those of signature.py: expected {_spell(wanted)}, "
-                    f"got {_spell(found)}; export it again with `python -m export all`"
-                )
-    return folder
-
-
-def _spell(tensors: dict[str, tuple[str, tuple[int, ...], bool]]) -> str:
-    return ", ".join(
-        f"{name} {kind}{'' if free else ' fixed batch'} {list(shape)}" for name, (kind, shape, free) in tensors.items()
-    )
-
-
-def _open_model(path: Path) -> Any:
-    try:
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as failures
-    except ImportError as error:
-        raise MissingDependencyError("onnxruntime is not installed: pip install 'chebface[server]'") from error
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (failures.Fail, failures.InvalidProtobuf, failures.InvalidGraph, failures.NotImplemented) as error:
-        raise AssetError(f"{path}: onnxruntime cannot read it ({error}); run `python -m export all`") from error
-
-
-@dataclass(frozen=True)
-class _Wheel:
-    """The parts of the nvidia-pytriton wheel that a server needs."""
-
-    server: Path
-    backend: Path
-    stub: Path
-    caches: Path
-    libraries: Path
-    libpython: Path | None
-
-
-def find_wheel(repository: str | Path = "triton_models") -> _Wheel:
-    """Find the tritonserver of the nvidia-pytriton wheel and what runs its Python backend with this interpreter.
-
-    Raises:
-        MissingDependencyError: the wheel, a stub for this Python, its shared library, or a numpy below 2 is missing.
-    """
-    container = f"or serve with the NGC container (Triton 26.07 or later):\n  {ngc_command(repository)}"
-    spec = importlib.util.find_spec("pytriton")
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    root = Path(places[0]) / "tritonserver" if places else None
-    if root is None or not (root / "bin" / "tritonserver").is_file():
-        raise MissingDependencyError(
-            "no tritonserver: the nvidia-pytriton wheel (Linux, x86-64) is not installed; "
-            f"pip install 'chebface[server]', {container}"
-        )
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        have = ", ".join(sorted(p.name for p in (root / "python_backend_stubs").glob("*")))
-        raise MissingDependencyError(
-            f"nvidia-pytriton has no Python backend stub for Python {version} (it has {have}); "
-            f"use one of those in the virtual environment, {container}"
-        )
-    numpy_version = importlib.metadata.version("numpy")
-    if int(numpy_version.split(".")[0]) >= 2:
-        raise MissingDependencyError(
-            f"the Python backend of nvidia-pytriton needs numpy below 2, got {numpy_version}; "
-            f"pip install 'chebface[server]' in an environment of its own, {container}"
-        )
-    return _Wheel(
-        server=root / "bin" / "tritonserver",
-        backend=root / "backends" / "python",
-        stub=stub,
-        caches=root / "caches",
-        libraries=root.parent.parent / "nvidia_pytriton.libs",
-        libpython=_find_libpython(),
-    )
-
-
-def _find_libpython() -> Path | None:
-    """The shared library of this interpreter, or None where the loader must find it by itself."""
-    name = str(sysconfig.get_config_var("INSTSONAME") or "")
-    folders = [str(sysconfig.get_config_var("LIBDIR") or ""), os.path.join(sys.base_prefix, "lib")]
-    if ".so" in name:
-        for folder in folders:
-            path = Path(folder) / name
-            if folder and path.is_file():
-                return path
-    return None
 
 
 class Server:
@@ -312,7 +169,7 @@ class Server:
             self.started_in_s = time.monotonic() - began
             return self
 
-    def _launch(self, wheel: _Wheel, folder: Path, ports: dict[str, int]) -> None:
+    def _launch(self, wheel: Wheel, folder: Path, ports: dict[str, int]) -> None:
         backend = folder / "backends" / "python"
         backend.mkdir(parents=True)
         for path in wheel.backend.iterdir():
@@ -323,7 +180,7 @@ class Server:
         libraries.mkdir()
         if wheel.libpython:
             (libraries / wheel.libpython.name).symlink_to(wheel.libpython)
-        models = _materialise(self.repository, folder / "models")
+        models = materialise(self.repository, folder / "models")
         key, value = self.admin_header
         command = [
             str(wheel.server),
@@ -358,7 +215,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=_environment(wheel, libraries),
+                env=make_environment(wheel, libraries),
                 start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, so that requests drain
             )
 
@@ -523,42 +380,6 @@ def _ask(
         raise ConnectionError(f"broken answer: {error!r}") from error
     finally:
         connection.close()
-
-
-def _materialise(repository: Path, folder: Path) -> Path:
-    """Copy a repository for the pip server, whose only backend is the Python one: same files, leaf.py as model.py."""
-    code = Path(__file__).with_name("leaf.py").read_text()
-    for name, model in MODELS.items():
-        version = folder / name / "1"
-        version.mkdir(parents=True)
-        config = (repository / name / "config.pbtxt").read_text()
-        if not model.steps:
-            for old, new in (('backend: "onnxruntime"', 'backend: "python"'), ('"model.onnx"', '"model.py"')):
-                if config.count(old) != 1:
-                    raise AssetError(
-                        f"{repository / name / 'config.pbtxt'}: expected one {old}; "
-                        "write it again with `python -m export repository`"
-                    )
-                config = config.replace(old, new)
-            (version / "model.py").write_text(code)
-            (version / "model.onnx").symlink_to(repository / name / "1" / "model.onnx")
-        (folder / name / "config.pbtxt").write_text(config)
-    return folder
-
-
-def _environment(wheel: _Wheel, libraries: Path) -> dict[str, str]:
-    # The stub ignores PYTHONPATH and PYTHONHOME; it finds its packages from the first python3 on PATH, so that this
-    # must be our interpreter's (or virtual environment's) folder.
-    programs = Path(sys.executable).parent
-    if not (programs / "python3").exists():
-        raise MissingDependencyError(
-            f"{programs}: no python3 there; the server's Python backend finds its packages through that name"
-        )
-    return {
-        **os.environ,
-        "PATH": f"{programs}:{os.environ.get('PATH', os.defpath)}",
-        "LD_LIBRARY_PATH": f"{wheel.libraries}:{libraries}",
-    }
 
 
 def _choose_ports(wanted: dict[str, int | None]) -> dict[str, int]:

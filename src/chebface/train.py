@@ -147,7 +147,8 @@ def train_reconstructor(
     head, shards = open_head(config.head), Shards(data)
     checkpoint.check_head(shards.about, head)
     torch.manual_seed(config.seed)
-    model = Regressor(config.backbone, config.normalize_embedding).to(where, memory_format=torch.channels_last)
+    model = Regressor(config.backbone, config.normalize_embedding).to(where)
+    torch.nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     objective = Objective(head, config, where)

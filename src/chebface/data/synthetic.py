@@ -32,7 +32,7 @@ from chebface.render import raster
 from chebface.render.light import CONSTANTS, harmonics, irradiance
 
 _BATCH = 16
-_NOT_ALONE = {"jawOpen", "mouthClose", "unit-mouth-open"}  # the jaw joint opens the mouth; the second corrects the first
+_NOT_ALONE = {"jawOpen", "mouthClose", "unit-mouth-open"}  # the jaw joint opens the mouth; the second only corrects it
 _TARGET_PX = transform(ARCFACE_POINTS_PX, WIDE_MATRIX)  # where the five points belong in the wide frame
 
 

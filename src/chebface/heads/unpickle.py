@@ -263,10 +263,13 @@ _ALLOWED: dict[str, type] = {
 }
 
 
-class _Unpickler(pickle._Unpickler):
+_PythonUnpickler: Any = pickle._Unpickler  # private, and unknown to type checkers
+
+
+class _Unpickler(_PythonUnpickler):
     """The pure Python unpickler: the C one takes lengths and memo places at their word and fills all memory."""
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, fix_imports=False, encoding="latin1")
