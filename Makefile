@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 PHOTO ?= $(shell $(BIN)/python -c "import pathlib, skimage; print(pathlib.Path(skimage.__file__).parent / 'data' / 'astronaut.png')")
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint demo-weights clean
+.PHONY: demo test lint demo-weights clean .venv
 
-demo: $(VENV)
+demo: $(VENV)/demo
 	@$(BIN)/chebface head build
 	@$(BIN)/python -m export all
 	@$(BIN)/chebface reconstruct "$(PHOTO)" --serve --output out
@@ -21,25 +21,27 @@ test: $(VENV)/test
 lint: $(VENV)/test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+.venv: $(VENV)/demo
+
 # torch first and by its exact version, so that no other package chooses another build of it
-$(VENV): pyproject.toml
+$(VENV)/demo: pyproject.toml
 	@echo "installing into $(VENV) (once, a minute or two)" >&2
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; apt install python3-venv" >&2; exit 1; }
 	@$(PIP) --upgrade pip
 	@$(PIP) "$(TORCH)" "numpy<2"
 	@$(PIP) -e ".[demo]"
-	@touch $(VENV)
+	@touch $(VENV)/demo
 
-$(VENV)/test: $(VENV)
+$(VENV)/test: $(VENV)/demo
 	@$(PIP) -e ".[test]"
 	@touch $(VENV)/test
 
-demo-weights: $(VENV)
+demo-weights: $(VENV)/demo
 	$(BIN)/chebface data synthesize --config src/chebface/weights/data.toml -o runs/data
 	$(BIN)/chebface train reconstructor --config src/chebface/weights/demo.toml --data runs/data -o runs/demo
 	$(BIN)/chebface data synthesize --config src/chebface/weights/data.toml --set seed=1 --set count=2000 -o runs/held-out
-	$(BIN)/chebface evaluate synthetic runs/held-out --weights runs/demo/regressor.safetensors
+	$(BIN)/chebface train publish runs/demo/regressor.safetensors --held-out runs/held-out -o src/chebface/weights/demo.safetensors
 
 clean:
 	rm -rf $(VENV) out

@@ -228,6 +228,16 @@ def test_evaluation_reports_against_the_mean_head(dataset, head_file, tmp_path):
     assert row["landmarks_px"] > 0
 
 
+def test_published_weights_are_half_as_large_and_carry_their_errors(dataset, head_file, tmp_path):
+    weights = train.train_reconstructor(tiny(head_file, steps=2), dataset, tmp_path)
+    errors = train.publish(weights, dataset, tmp_path / "small.safetensors")
+    assert (tmp_path / "small.safetensors").stat().st_size < 0.52 * weights.stat().st_size
+    card = json.loads((tmp_path / "small.json").read_text())
+    assert card["held_out"]["neutral_mm"] == errors["neutral_mm"]
+    assert card["held_out"]["data"]["count"] == COUNT
+    assert train.evaluate(tmp_path / "small.safetensors", dataset) == errors
+
+
 def test_training_refuses_what_does_not_fit(dataset, head_file, tmp_path):
     other = asset.save(make_head(seed=7), tmp_path / "other.npz")
     with pytest.raises(AssetError, match="trained on head"):

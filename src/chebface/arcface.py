@@ -84,8 +84,8 @@ class IResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, 112, 112) -> (B, 512)
         x = self.prelu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
         return self.features(self.fc(torch.flatten(self.bn2(x), 1)))
 
 

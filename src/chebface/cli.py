@@ -375,6 +375,24 @@ def reconstructor(
     click.echo(f"{path}: {wanted.steps} steps")
 
 
+@train.command()
+@click.argument("weights", type=_FILE)
+@click.option("--held-out", type=_FOLDER, required=True, help="Synthetic faces of another seed than the training's.")
+@click.option("-o", "--output", type=_FILE, required=True, help="The .safetensors file to write.")
+@_json_option
+@_guarded
+def publish(weights: Path, held_out: Path, output: Path, as_json: bool) -> None:
+    """Write WEIGHTS in float16 for shipping, with their held-out errors in the card."""
+    from chebface import train as training
+
+    errors = training.publish(weights, held_out, output)
+    if as_json:
+        _print_json(errors)
+    else:
+        size = output.stat().st_size / 1e6
+        click.echo(f"{output}: {size:.1f} MB, {errors['ratio']:.3f} of the mean head's vertex error")
+
+
 @main.group()
 def evaluate() -> None:
     """Measure."""

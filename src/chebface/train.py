@@ -246,6 +246,29 @@ def evaluate(weights: str | Path | None, data: str | Path, *, batch: int = 32) -
     return {"faces": len(shards)} | result
 
 
+def publish(weights: str | Path, data: str | Path, output: str | Path) -> dict[str, Any]:
+    """Write weights for shipping: float16, with the held-out errors of just these numbers in their card.
+
+    Args:
+        weights: a checkpoint of `train_reconstructor`.
+        data: held-out synthetic pairs.
+        output: the .safetensors file to write.
+
+    Returns:
+        the errors, as `evaluate` gives them.
+
+    Raises:
+        AssetError: as `evaluate`.
+    """
+    tensors, card = checkpoint.load(weights)
+    path = checkpoint.save(output, checkpoint.half(tensors), card)
+    errors = evaluate(path, data)
+    checkpoint.save(
+        path, checkpoint.half(tensors), card | {"held_out": errors | {"data": Shards(data).about["settings"]}}
+    )
+    return errors
+
+
 def angle_deg(first: Tensor, second: Tensor) -> Tensor:
     """The angle between two rotations given as axis-angle (B, 3), in degrees. (B,)."""
     from chebface.flame import rotations
