@@ -319,37 +319,6 @@ def test_failures_by_code_and_message(code: str, text: str, kind: type) -> None:
         channel.close()
 
 
-@pytest.fixture(scope="module")
-def demo_server(tmp_path_factory: pytest.TempPathFactory):
-    """The shipped weights, exported and served."""
-    from chebface.checkpoint import DEMO
-    from export.repository import fill_repository
-    from export.to_onnx import export_onnx
-
-    if not DEMO.is_file():
-        pytest.skip(f"no demo weights at {DEMO.name}")
-    folder = tmp_path_factory.mktemp("demo")
-    export_onnx(folder / "onnx")
-    fill_repository(folder / "onnx", folder / "models")
-    with Server(folder / "models") as server:
-        yield server
-
-
-def test_served_and_in_process_agree(demo_server: Server, astronaut: Path) -> None:
-    from chebface.reconstruct import Reconstructor
-
-    here = Reconstructor()
-    with Client(demo_server.url) as client:
-        assert np.array_equal(client.topology.faces, here.topology.faces)
-        assert client.topology.head == here.topology.head
-        ours, theirs = here.reconstruct(astronaut), client.reconstruct(astronaut)
-        assert np.abs(ours.vertices - theirs.vertices).max() < 1e-5  # metres
-        assert np.abs(ours.landmarks_px - theirs.landmarks_px).max() < 0.05
-        crops = np.stack([ours.crop.aligned_u8, ours.crop.aligned_u8[:, ::-1]])  # a batch, of real faces
-        for one, other, limit in zip(here._infer(crops), client._infer(crops), (1e-4, 1e-5, 1e-5), strict=True):
-            assert np.abs(one - other).max() < limit
-
-
 def test_topology_that_is_not_json(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = {"faces": np.zeros(TOPOLOGY.outputs[0].shape, np.int32), "head": np.array([b"{"], object)}
     monkeypatch.setattr(client._channel, "infer", lambda model, inputs: answer)
