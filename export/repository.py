@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from chebface import signature
 from chebface.errors import AssetError, MissingDependencyError
+from chebface.files import write_whole
 from chebface.signature import LEAVES, MODELS, Model, Tensor
-from export.to_onnx import Say, check_graph, read_manifest, write_text
+from export.to_onnx import Say, check_graph, read_manifest
 
 VERSION = "1"
 QUEUE_SIZE = 256  # requests that wait before the server refuses
@@ -171,22 +170,13 @@ def fill_repository(source: str | Path, repository: str | Path, say: Say = lambd
         config, version = folder / name / "config.pbtxt", folder / name / VERSION
         version.mkdir(parents=True, exist_ok=True)
         if not config.is_file() or config.read_text() != text:
-            write_text(config, text)
+            write_whole(config, text.encode())
             changed.append(f"{name}/config.pbtxt")
         if name in LEAVES:
             target, wanted = version / "model.onnx", manifest["files"][name]["sha256"]
             if not target.is_file() or hashlib.sha256(target.read_bytes()).hexdigest() != wanted:
-                _copy(source / manifest["files"][name]["file"], target)
+                write_whole(target, (source / manifest["files"][name]["file"]).read_bytes())
                 changed.append(f"{name}/{VERSION}/model.onnx")
     say(f"{folder}: {', '.join(changed) if changed else 'up to date'}")
     models = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     return {"repository": str(folder), "changed": changed, "models": models}
-
-
-def _copy(source: Path, target: Path) -> None:
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ import numpy as np
 import chebface
 from chebface import params, signature
 from chebface.errors import AssetError, ChebfaceError, ConfigError, MissingDependencyError
+from chebface.files import write_whole
 from chebface.signature import DECODE, LEAVES, REGRESS, TOPOLOGY, Model, Tensor
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def export_onnx(
     head = open_head(head_name or card["training"]["head"])
     check_head(card, head)
     facts = _facts(regressor, head)
-    if not force and (manifest := read_manifest(folder)) and manifest["inputs"] == facts:
+    manifest = read_manifest(folder)
+    if not force and manifest and manifest["inputs"] == facts and manifest["parity"]["vertex_mm"] <= limit_mm:
         say(f"{folder}: up to date")
         return manifest | {"fresh": False}
     return write_onnx(folder, regressor, Flame(head), head, facts, limit_mm=limit_mm, say=say, began=began)
@@ -153,7 +155,7 @@ def write_onnx(
         }
         for name, path in partial.items():
             os.replace(path, folder / f"{name}.onnx")
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
@@ -173,16 +175,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if complete else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _need(*packages: str) -> None:
@@ -293,7 +285,7 @@ def _topology(head: Head) -> onnx.ModelProto:
     """A graph that answers any request with the head's triangles and facts."""
     from onnx import helper, numpy_helper
 
-    facts = {"name": head.name, "version": head.version, "licence": head.licence, "sha256": head.sha256}
+    facts = head.facts
     triangles, text = TOPOLOGY.outputs
     constants = [
         numpy_helper.from_array(np.ascontiguousarray(head.faces, np.int32), "triangles"),

@@ -110,7 +110,7 @@ def test_full_disk_is_named(run, astronaut, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("chebface.mesh.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     result = run("reconstruct", astronaut, "-o", tmp_path / "o")
     assert result.exit_code == 1
     assert "No space left" in result.output

@@ -322,7 +322,7 @@ def test_failures_by_code_and_message(code: str, text: str, kind: type) -> None:
 def test_topology_that_is_not_json(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = {"faces": np.zeros(TOPOLOGY.outputs[0].shape, np.int32), "head": np.array([b"{"], object)}
     monkeypatch.setattr(client._channel, "infer", lambda model, inputs: answer)
-    with pytest.raises(ServerError, match="head is not JSON"):
+    with pytest.raises(ServerError, match="head is not a JSON object"):
         _ = client.topology
 
 

@@ -32,6 +32,9 @@ def test_overrides_come_after_the_file_and_after_defaults(tmp_path):
         ("count = 1.5", [], "count: expected int"),
         ("", ["count=1.5"], "count: expected int"),
         ("", ["count"], "expected key=value"),
+        ("", ["count=0"], "count: expected above 0"),
+        ("", ["shard=-1"], "shard: expected above 0"),
+        ("", ["jpeg_quality=100"], "jpeg_quality: expected 1..95"),
         ("count = [", [], "settings file"),
     ],
 )
@@ -43,6 +46,10 @@ def test_bad_settings_are_named(tmp_path, text, overrides, says):
 
 
 def test_bad_boolean_and_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="precision: expected fp32 or bf16"):
+        load(TrainReconstructor, None, ["precision=fp16"])
+    with pytest.raises(ConfigError, match="batch: expected above 0"):
+        load(TrainReconstructor, None, ["batch=0"])
     with pytest.raises(ConfigError, match="normalize_embedding: expected bool"):
         load(TrainReconstructor, None, ["normalize_embedding=perhaps"])
     with pytest.raises(ConfigError, match=r"nowhere\.toml"):

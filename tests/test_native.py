@@ -53,6 +53,15 @@ def test_a_source_that_does_not_compile_says_so_and_leaves_nothing(tmp_path):
     assert not list((tmp_path / "cache" / "native").iterdir())
 
 
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CHEBFACE_CACHE", str(tmp_path / "file" / "cache"))
+    source = write(tmp_path, 2)
+    assert native.load(source) is None
+    assert "Not a directory" in native.why_missing(source)
+
+
 def test_no_compiler_and_switched_off_are_reasons(tmp_path, monkeypatch):
     source = write(tmp_path, 1)
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -14,11 +14,11 @@ import pytest
 import torch
 from heads_for_tests import make_head
 
-from chebface import camera, params, train
+from chebface import camera, checkpoint, params, train
 from chebface.config import Synthesize, TrainReconstructor, load
 from chebface.crop import ARCFACE_POINTS_PX, WIDE_MATRIX, WIDE_PX, five_points, transform
 from chebface.data.sample import Sample, Shards, write_shard
-from chebface.data.synthetic import Painter, _axis_angle, _draw_light, _matrix, _turn, synthesize
+from chebface.data.synthetic import Painter, _axis_angle, _draw_light, _lamp, _matrix, _turn, synthesize
 from chebface.errors import AssetError
 from chebface.flame import Flame
 from chebface.heads import asset
@@ -104,6 +104,14 @@ def test_light_is_an_exposure_a_camera_would_choose():
         light = _draw_light(np.random.default_rng(seed))
         front = irradiance(np.array([[0.0, 0, 1]]), light).mean()
         assert 0.2 < front < 1.2
+
+
+def test_a_lamp_lights_what_faces_it():
+    towards = np.array([0.6, 0.0, 0.8])
+    normals = np.random.default_rng(0).normal(size=(500, 3))
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    got = irradiance(normals, np.tile(_lamp(towards)[:, None], 3))[:, 0]
+    np.testing.assert_allclose(got, np.clip(normals @ towards, 0, None), atol=0.1)  # nine harmonics, no more
 
 
 def test_even_light_is_even():
@@ -230,12 +238,17 @@ def test_evaluation_reports_against_the_mean_head(dataset, head_file, tmp_path):
 
 def test_published_weights_are_half_as_large_and_carry_their_errors(dataset, head_file, tmp_path):
     weights = train.train_reconstructor(tiny(head_file, steps=2), dataset, tmp_path)
-    errors = train.publish(weights, dataset, tmp_path / "small.safetensors")
-    assert (tmp_path / "small.safetensors").stat().st_size < 0.52 * weights.stat().st_size
-    card = json.loads((tmp_path / "small.json").read_text())
+    small, other = tmp_path / "small.safetensors", tmp_path / "held-out"
+    with pytest.raises(AssetError, match="has the training's seed"):
+        train.publish(weights, dataset, small)
+    assert not small.exists()
+    synthesize(other, load(Synthesize, None, [f"head={head_file}", "count=8", "seed=1"]), workers=1)
+    errors = train.publish(weights, other, small)
+    assert small.stat().st_size < 0.52 * weights.stat().st_size
+    _, card = checkpoint.load(small)
     assert card["held_out"]["neutral_mm"] == errors["neutral_mm"]
-    assert card["held_out"]["data"]["count"] == COUNT
-    assert train.evaluate(tmp_path / "small.safetensors", dataset) == errors
+    assert card["held_out"]["data"]["count"] == 8
+    assert train.evaluate(small, other) == errors
 
 
 def test_training_refuses_what_does_not_fit(dataset, head_file, tmp_path):

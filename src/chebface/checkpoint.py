@@ -1,10 +1,9 @@
-"""Weights on disk: tensors in safetensors, everything else in a JSON card beside them; both written whole."""
+"""Weights on disk: one safetensors file with a JSON card in its header, written whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,25 @@ import torch
 from torch import Tensor
 
 from chebface.errors import AssetError
+from chebface.files import write_whole
 from chebface.regressor import Regressor
 
 FORMAT = 1
 DEMO = Path(__file__).with_name("weights") / "demo.safetensors"
+_CARD = "chebface"  # the header entry that holds the card
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:
-    """Write `path` (safetensors) and its card (same name, .json). The card records the tensors' digest.
+    """Write tensors and their card to a .safetensors file. The card also gets the tensors' sha256.
 
     Raises:
         OSError: the disk refuses; what was there before stays.
     """
     from safetensors.torch import save as to_bytes
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    blob = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    card = card | {"format": FORMAT, "sha256": hashlib.sha256(blob).hexdigest()}
-    # The card is replaced last: whoever reads between the two sees a digest that does not fit, never a silent mix.
-    _replace(path, blob)
-    _replace(path.with_suffix(".json"), json.dumps(card, indent=2).encode() + b"\n")
-    return path
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    card = card | {"format": FORMAT, "sha256": _digest(tensors)}
+    return write_whole(path, to_bytes(tensors, {_CARD: json.dumps(card)}))
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -43,36 +39,42 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors by name, and the card.
 
     Raises:
-        AssetError: a file is missing, damaged, of another format, or the two do not belong together.
+        AssetError: missing, damaged, of another format, or no chebface checkpoint.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
+    from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    card_path = path.with_suffix(".json")
-    for part in (path, card_path):
-        if not part.is_file():
-            raise AssetError(f"checkpoint {path}: {part.name} is missing")
+    if not path.is_file():
+        raise AssetError(f"checkpoint {path}: not found")
     try:
-        card = json.loads(card_path.read_text())
-        blob = path.read_bytes()
-        tensors = from_bytes(blob)
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        card = json.loads(header[_CARD])
+    except KeyError:
+        raise AssetError(f"checkpoint {path}: no chebface card in its header; it is another program's file") from None
     except (ValueError, SafetensorError) as error:
-        raise AssetError(
-            f"checkpoint {path}: not readable ({error}); it is damaged or no chebface checkpoint"
-        ) from error
+        raise AssetError(f"checkpoint {path}: not readable ({error}); it is damaged or no safetensors file") from error
     if card.get("format") != FORMAT:
         raise AssetError(f"checkpoint {path}: format {card.get('format')}, wanted {FORMAT}")
-    if card.get("sha256") != hashlib.sha256(blob).hexdigest():
-        raise AssetError(f"checkpoint {path}: the card's sha256 is another file's; restore both from the same save")
+    if card.get("sha256") != _digest(tensors):
+        raise AssetError(f"checkpoint {path}: its tensors are not those that the card was written for; damaged")
     return tensors, card
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_regressor(path: str | Path | None = None) -> tuple[Regressor, dict[str, Any]]:
     """Read a regressor.
 
     Args:
-        path: a .safetensors file with its card, or None for the demo weights that come with the package.
+        path: a .safetensors file, or None for the demo weights that come with the package.
 
     Returns:
         The regressor in eval mode, float32, and its card: `backbone`, `normalize`, `head` {name, version, sha256}, ...
@@ -103,18 +105,6 @@ def check_head(card: dict[str, Any], head: Any) -> None:
             f"weights were trained on head {trained['name']} {trained['version']} (sha256 {trained['sha256'][:12]}), "
             f"got head {head.name} {head.version} (sha256 {head.sha256[:12]}); choose the matching head or weights"
         )
-
-
-def _replace(path: Path, blob: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chebface import __version__
-from chebface.errors import ChebfaceError
+from chebface.errors import ChebfaceError, MissingDependencyError
 
 if TYPE_CHECKING:
     from chebface.face import Face
     from chebface.pipeline import Pipeline
 
 INTERRUPTED = 130
+_EXTRAS = {"torch": "torch", "safetensors": "torch", "onnxruntime": "detect", "tomli": "torch"}
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -38,6 +39,16 @@ def _guarded(run: Callable[..., None]) -> Callable[..., None]:
                 _print_json({"ok": False, "error": type(error).__name__, "message": str(error)})
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            extra = _EXTRAS.get(package)
+            if extra is None:
+                raise
+            click.echo(f"error: {package} is not installed: pip install 'chebface[{extra}]'", err=True)
+            sys.exit(MissingDependencyError.exit_code)
+        except OSError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(ChebfaceError.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; finished work is kept, nothing half-written is left", err=True)
             sys.exit(INTERRUPTED)
@@ -126,13 +137,15 @@ def reconstruct(
 def _name_folders(photos: tuple[str, ...], output: Path) -> list[Path]:
     if len(photos) == 1:
         return [output]
-    taken: dict[str, int] = {}
-    folders = []
+    names: list[str] = []
     for photo in photos:
-        stem = Path(photo).stem
-        taken[stem] = taken.get(stem, 0) + 1
-        folders.append(output / (stem if taken[stem] == 1 else f"{stem}-{taken[stem]}"))
-    return folders
+        stem = name = Path(photo).stem
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names.append(name)
+    return [output / name for name in names]
 
 
 @contextmanager
@@ -158,18 +171,15 @@ def _open_pipeline(
 
 
 def _reconstruct_one(pipeline: Pipeline, photo: str, folder: Path, all_faces: bool) -> dict[str, Any]:
-    from chebface.photo import read
-
     row: dict[str, Any] = {"photo": photo}
     try:
-        image_u8 = read(photo)
-        faces = pipeline.reconstruct_all(image_u8) if all_faces else [pipeline.reconstruct(image_u8)]
+        faces = pipeline.reconstruct_all(photo) if all_faces else [pipeline.reconstruct(photo)]
         row["faces"] = []
         for number, face in enumerate(faces):
-            files = face.save(folder if number == 0 else folder / f"face-{number + 1}", image_u8)
+            files = face.save(folder if number == 0 else folder / f"face-{number + 1}", photo)
             row["faces"].append({"files": {name: str(path) for name, path in files.items()}} | _summarize(face))
     except ChebfaceError as error:
-        row |= {"error": type(error).__name__, "message": f"{photo}: {error}", "exit_code": error.exit_code}
+        row |= {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
     except OSError as error:
         row |= {"error": "OSError", "message": f"{folder}: cannot write ({error})", "exit_code": 1}
     return row
@@ -255,6 +265,7 @@ def build(as_json: bool) -> None:
 @click.option("--masks", type=_FILE, help="FLAME_masks.pkl or .npz.")
 @click.option("--texture", type=_FILE, help="FLAME_texture.npz.")
 @click.option("--uv", type=_FILE, help="head_template.obj with texture coordinates.")
+@click.option("--licence", help="The terms you have it under; default: FLAME's, research only unless 2023 Open.")
 @click.option("--force", is_flag=True, help="Replace a head of this name.")
 @_guarded
 def import_head(
@@ -265,13 +276,21 @@ def import_head(
     masks: Path | None,
     texture: Path | None,
     uv: Path | None,
+    licence: str | None,
     force: bool,
 ) -> None:
     """Import an official FLAME file (pickle or npz; read without chumpy and without running any code in it)."""
     from chebface.heads import flame_files, store
 
     made = flame_files.read_flame(
-        model, landmarks=landmarks, contour=contour, masks=masks, texture=texture, uv=uv, name=name
+        model,
+        landmarks=landmarks,
+        contour=contour,
+        masks=masks,
+        texture=texture,
+        uv=uv,
+        name=name,
+        licence=licence or flame_files.LICENCE,
     )
     path = store.add(made, name, force=force)
     click.echo(f"{name}: imported to {path}")
@@ -304,13 +323,11 @@ def list_heads(as_json: bool) -> None:
 @_guarded
 def show(name: str, output: Path) -> None:
     """Draw a contact sheet of a head: views, components, people, expressions."""
+    from chebface.files import whole
     from chebface.heads import open_head, sheet
 
-    picture = sheet.draw(open_head(name))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.stem}.partial{output.suffix}")
-    picture.save(partial)
-    partial.replace(output)
+    with whole(output) as partial:
+        sheet.draw(open_head(name)).save(partial, "PNG")
     click.echo(str(output))
 
 

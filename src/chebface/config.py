@@ -14,6 +14,12 @@ from chebface.errors import ConfigError
 C = TypeVar("C")
 
 
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name}: expected above 0, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True)
 class TrainReconstructor:
     """Settings of `chebface train reconstructor`. Optimiser, steps, batch and lambdas are the paper's."""
@@ -32,7 +38,7 @@ class TrainReconstructor:
     lambda_3d: float = 0.6
     lambda_vertices: float = 0.5  # the paper's lambda_1
     # What known parameters of synthetic pairs add to the paper's losses; weights of the mean losses below.
-    weight_posed: float = 0.2  # posed vertices, mm
+    weight_reprojection: float = 1.0  # every vertex in the picture, percent of the wide frame
     weight_pose: float = 10.0  # rotation matrices
     weight_shape: float = 3.0  # coefficients, each in proportion to how far it moves the vertices
     weight_texture: float = 0.02
@@ -43,6 +49,11 @@ class TrainReconstructor:
     seed: int = 0
     log_every: int = 50
     save_every: int = 500
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps", "batch", "learning_rate", "clip_gradient", "log_every", "save_every")
+        if self.precision not in {"fp32", "bf16"}:
+            raise ConfigError(f"precision: expected fp32 or bf16, got {self.precision!r}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,11 @@ class Synthesize:
     glasses: float = 0.18
     occluder: float = 0.12
     jpeg_quality: int = 92
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "count", "shard")
+        if not 1 <= self.jpeg_quality <= 95:
+            raise ConfigError(f"jpeg_quality: expected 1..95, got {self.jpeg_quality}")
 
 
 def load(kind: type[C], path: str | Path | None = None, overrides: Iterable[str] = ()) -> C:

@@ -14,10 +14,10 @@ from chebface.heads.asset import Head
 FACE_WEIGHT, REST_WEIGHT, HIDDEN_WEIGHT = 150.0, 1.0, 0.01  # MICA's region weights: face; rest; eyeballs and ears
 
 
-def region_weights(head: Head) -> Tensor:
+def region_weights(head: Head, face: float = FACE_WEIGHT) -> Tensor:
     """Per-vertex weights of the vertex loss, MICA's by region, scaled to mean 1. (N,) float32."""
     weights = np.full(len(head.template), REST_WEIGHT)
-    for region, weight in (("face", FACE_WEIGHT), ("eyeballs", HIDDEN_WEIGHT), ("ears", HIDDEN_WEIGHT)):
+    for region, weight in (("face", face), ("eyeballs", HIDDEN_WEIGHT), ("ears", HIDDEN_WEIGHT)):
         if region in head.masks:
             weights[head.masks[region]] = weight
     return torch.from_numpy(weights / weights.mean()).float()

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import struct
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from chebface.errors import AssetError, InputError
+from chebface.files import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,23 +53,6 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(sums, axis=1, keepdims=True)
     unit = np.where(length > 1e-20, sums / np.maximum(length, 1e-20), (0.0, 0.0, 1.0))
     return unit.astype(vertices.dtype)
-
-
-def write_whole(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write a file under a temporary name, then rename it: readers see the old file or the new one, never half.
-
-    Raises:
-        OSError: the disk refuses.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
 
 
 def write_obj(

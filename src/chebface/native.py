@@ -65,13 +65,16 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
     parts = (source.read_text(), compiler, version, " ".join(FLAGS), platform.machine(), _processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = cache_dir() / "native" / f"{source.stem}-{key}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / library.name
-            command = [compiler, *FLAGS, str(source), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return None, f"{compiler} failed on {source.name}: {done.stderr.strip()[-500:]}"
-            os.replace(built, library)
-    return ctypes.CDLL(str(library)), None
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                built = Path(folder) / library.name
+                command = [compiler, *FLAGS, str(source), "-o", str(built)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    return None, f"{compiler} failed on {source.name}: {done.stderr.strip()[-500:]}"
+                os.replace(built, library)
+        return ctypes.CDLL(str(library)), None
+    except OSError as error:  # a cache that cannot be written to, or from which nothing may be run
+        return None, f"{library}: {error}"

@@ -47,8 +47,7 @@ class Reconstructor(Pipeline):
         checkpoint.check_head(card, head)
         self._device = torch.device(device)
         self._model, self._flame = model.to(self._device), Flame(head).to(self._device)
-        facts = {"name": head.name, "version": head.version, "licence": head.licence, "sha256": head.sha256}
-        self._topology = Topology(faces=head.faces, head=facts)
+        self._topology = Topology(faces=head.faces, head=head.facts)
 
     @property
     def topology(self) -> Topology:

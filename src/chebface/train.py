@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from chebface.heads import Head, open_head
 from chebface.regressor import Regressor, normalize_crop
 
 STATE = "state.safetensors"  # everything needed to go on
-BEST = "regressor.safetensors"  # the weights alone
+WEIGHTS = "regressor.safetensors"  # the weights alone, of the last save
 
 
 class DivergedError(ChebfaceError):
@@ -78,13 +79,14 @@ class Objective:
         self.config = config
         self.regions = losses.region_weights(head).to(device)
         self.points = losses.landmark_weights().to(device)
+        self.seen_weights = losses.region_weights(head, face=4.0).to(device)
         reach = torch.from_numpy((head.shape_dirs.astype(np.float64) ** 2).sum((1, 2)))
         self.shape_weights = (reach / reach.mean()).float().to(device)
         c = config
         self.weights = {
             "landmarks": c.lambda_2d,
             "vertices": c.lambda_3d * c.lambda_vertices,
-            "posed": c.weight_posed,
+            "reprojection": c.weight_reprojection,
             "pose": c.weight_pose,
             "shape": c.weight_shape,
             "texture": c.weight_texture,
@@ -97,15 +99,16 @@ class Objective:
         """Loss of predicted parameters (B, 486) against the true ones and the landmarks (B, 68, 2) seen."""
         guess, known = params.split(predicted), params.split(truth)
         vertices, points = self.flame.decode(predicted)
+        seen, points_seen = (camera.project(each, guess["camera"])[..., :2] for each in (vertices, points))
         with torch.no_grad():
             true_vertices, _ = self.flame.decode(truth)
+            true_seen = camera.project(true_vertices, known["camera"])[..., :2]
             true_neutral = self.flame.neutral(known["shape"])
-        projected = camera.project(points, guess["camera"])[..., :2]
-        even = torch.ones_like(self.regions)
+        percent = 50.0  # of the wide frame, which is 2 wide in ndc
         parts = {
-            "landmarks": losses.landmarks(projected, landmarks_ndc, self.points) * 100,  # of a percent of the frame
+            "landmarks": losses.landmarks(points_seen, landmarks_ndc, self.points) * percent,
+            "reprojection": losses.landmarks(seen, true_seen, self.seen_weights) * percent,
             "vertices": losses.vertices(self.flame.neutral(guess["shape"]), true_neutral, self.regions),
-            "posed": losses.vertices(vertices, true_vertices, even),
             "pose": losses.rotations(guess["pose"], known["pose"]),
             "shape": losses.coefficients(guess["shape"], known["shape"], self.shape_weights),
             "texture": losses.coefficients(guess["texture"], known["texture"]),
@@ -183,8 +186,8 @@ def train_reconstructor(
                     report(step + 1, row)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 _save_state(output / STATE, model, optimizer, step + 1, config)
-                checkpoint.save(output / BEST, model.state_dict(), card | {"steps_done": step + 1})
-    return output / BEST
+                checkpoint.save(output / WEIGHTS, model.state_dict(), card | {"steps_done": step + 1})
+    return output / WEIGHTS
 
 
 def learning_rate(config: TrainReconstructor, step: int) -> float:
@@ -213,6 +216,8 @@ def evaluate(weights: str | Path | None, data: str | Path, *, batch: int = 32) -
     checkpoint.check_head(card, head)
     checkpoint.check_head(shards.about, head)
     flame = Flame(head)
+    if "face" not in head.masks:
+        raise AssetError(f"head {head.name}: has no face mask; import it again with --masks")
     face = torch.from_numpy(head.masks["face"])
     rows: dict[str, list[Tensor]] = {}
 
@@ -258,14 +263,18 @@ def publish(weights: str | Path, data: str | Path, output: str | Path) -> dict[s
         the errors, as `evaluate` gives them.
 
     Raises:
-        AssetError: as `evaluate`.
+        AssetError: as `evaluate`, or faces of the training's seed; `output` stays as it was.
     """
     tensors, card = checkpoint.load(weights)
-    path = checkpoint.save(output, checkpoint.half(tensors), card)
-    errors = evaluate(path, data)
-    checkpoint.save(
-        path, checkpoint.half(tensors), card | {"held_out": errors | {"data": Shards(data).about["settings"]}}
-    )
+    with Shards(data) as shards:
+        settings = shards.about["settings"]
+    if settings["seed"] == card["data"]["seed"]:
+        raise AssetError(f"dataset {data}: has the training's seed {settings['seed']}; held-out faces need another")
+    output = Path(output)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = checkpoint.save(Path(folder) / output.name, checkpoint.half(tensors), card)
+        errors = evaluate(trial, data)
+    checkpoint.save(output, checkpoint.half(tensors), card | {"held_out": errors | {"data": settings}})
     return errors
 
 
@@ -285,7 +294,7 @@ def _card(config: TrainReconstructor, head: Head, shards: Shards) -> dict[str, A
     return {
         "backbone": config.backbone,
         "normalize": config.normalize_embedding,
-        "head": {"name": head.name, "version": head.version, "licence": head.licence, "sha256": head.sha256},
+        "head": head.facts,
         "training": to_dict(config),
         "data": shards.about["settings"],
     }

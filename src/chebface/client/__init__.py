@@ -84,11 +84,12 @@ class Client(Pipeline):
         with self._topology_lock:
             if self._topology is None:
                 request = {TOPOLOGY.inputs[0].name: np.zeros(TOPOLOGY.inputs[0].shape, np.int32)}
-                triangles, facts = (self._channel.infer(TOPOLOGY, request)[t.name] for t in TOPOLOGY.outputs)
+                answer = self._channel.infer(TOPOLOGY, request)
+                triangles, facts = (answer[tensor.name] for tensor in TOPOLOGY.outputs)
                 try:
-                    head = json.loads(facts[0])
-                except ValueError as error:
-                    raise ServerError(f"{self.url}: topology: head is not JSON ({error})") from error
+                    head = dict(json.loads(facts[0]))
+                except (ValueError, TypeError) as error:
+                    raise ServerError(f"{self.url}: topology: head is not a JSON object ({error})") from error
                 self._topology = Topology(faces=triangles, head=head)
             return self._topology
 

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from chebface import params
-from chebface.crop import CROP_PX, WIDE_MATRIX, WIDE_PX, invert, warp
+from chebface.crop import WIDE_MATRIX, WIDE_PX, invert, warp
 from chebface.errors import AssetError
+from chebface.files import whole
+from chebface.signature import CROP_PX, LANDMARKS
 
 INDEX = "shards.json"
 _ALIGN = invert(WIDE_MATRIX)
@@ -43,23 +45,18 @@ def write_shard(path: Path, samples: Iterable[Sample], jpeg_quality: int) -> int
     """
     from PIL import Image
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     count = 0
-    try:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for count, sample in enumerate(samples, 1):
-                picture = io.BytesIO()
-                Image.fromarray(sample.wide_u8).save(picture, "JPEG", quality=jpeg_quality)
-                numbers = np.concatenate([sample.parameters, sample.landmarks_px.ravel()]).astype("<f4")
-                array = io.BytesIO()
-                np.save(array, numbers, allow_pickle=False)
-                for suffix, blob in (("jpg", picture.getvalue()), ("npy", array.getvalue())):
-                    entry = tarfile.TarInfo(f"{count - 1:06d}.{suffix}")
-                    entry.size = len(blob)
-                    tar.addfile(entry, io.BytesIO(blob))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for count, sample in enumerate(samples, 1):
+            picture = io.BytesIO()
+            Image.fromarray(sample.wide_u8).save(picture, "JPEG", quality=jpeg_quality)
+            numbers = np.concatenate([sample.parameters, sample.landmarks_px.ravel()]).astype("<f4")
+            array = io.BytesIO()
+            np.save(array, numbers, allow_pickle=False)
+            for suffix, blob in (("jpg", picture.getvalue()), ("npy", array.getvalue())):
+                entry = tarfile.TarInfo(f"{count - 1:06d}.{suffix}")
+                entry.size = len(blob)
+                tar.addfile(entry, io.BytesIO(blob))
     return count
 
 
@@ -112,9 +109,15 @@ class Shards:
         with Image.open(io.BytesIO(os.pread(handle, image_size, image_at))) as picture:
             wide = np.asarray(picture.convert("RGB"))
         numbers = np.load(io.BytesIO(os.pread(handle, array_size, array_at)), allow_pickle=False)
-        if wide.shape != (WIDE_PX, WIDE_PX, 3) or numbers.shape != (params.TOTAL + 136,):
+        if wide.shape != (WIDE_PX, WIDE_PX, 3) or numbers.shape != (params.TOTAL + 2 * LANDMARKS,):
             raise AssetError(f"dataset {self.folder}: sample {index} has {wide.shape} and {numbers.shape}")
-        return Sample(wide, numbers[: params.TOTAL], numbers[params.TOTAL :].reshape(68, 2))
+        return Sample(wide, numbers[: params.TOTAL], numbers[params.TOTAL :].reshape(LANDMARKS, 2))
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the files."""

@@ -26,6 +26,7 @@ from chebface.config import Synthesize, to_dict
 from chebface.crop import ARCFACE_POINTS_PX, WIDE_MATRIX, WIDE_PX, estimate_similarity, five_points, transform
 from chebface.data.sample import INDEX, Sample, write_shard
 from chebface.errors import AssetError
+from chebface.files import write_whole
 from chebface.heads import Head, open_head
 from chebface.mesh import vertex_normals
 from chebface.render import raster
@@ -87,7 +88,7 @@ class Painter:
 
     def _draw_expression(self, rng: Generator) -> np.ndarray:
         expression = np.zeros(params.PARTS["expression"])
-        mood = rng.choice([0.0, 0.25, 0.6, 1.0], p=[0.15, 0.35, 0.3, 0.2])
+        mood = rng.choice([0.0, 0.25, 0.6, 1.0], p=[0.25, 0.4, 0.25, 0.1])
         for group in self._actions:
             if rng.random() < 0.3:
                 strength = rng.beta(1.1, 2.0) * mood
@@ -230,11 +231,12 @@ def synthesize(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     head = open_head(config.head)
-    about = {"settings": to_dict(config), "head": {"name": head.name, "version": head.version, "sha256": head.sha256}}
+    about = {"settings": to_dict(config), "head": head.facts}
     plan = folder / "plan.json"
     if plan.is_file() and json.loads(plan.read_text()) != about:
         raise AssetError(f"dataset {folder}: was begun with other settings or another head; choose an empty folder")
     _write_json(plan, about)
+    Painter(head, config)  # what is missing for it is missed here, not in every process of the pool
     starts = range(0, config.count, config.shard)
     names = [f"{start // config.shard:05d}.tar" for start in starts]
     missing = [(name, start) for name, start in zip(names, starts, strict=True) if not (folder / name).is_file()]
@@ -244,10 +246,14 @@ def synthesize(
             pool.submit(_make_shard, folder / name, config, start, min(config.shard, config.count - start))
             for name, start in missing
         ]
-        for job in as_completed(jobs):
-            done += job.result()
-            if progress:
-                progress(done, config.count)
+        try:
+            for job in as_completed(jobs):
+                done += job.result()
+                if progress:
+                    progress(done, config.count)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
     return _write_json(folder / INDEX, about | {"count": config.count, "shards": names})
 
 
@@ -265,10 +271,7 @@ def _make_shard(path: Path, config: Synthesize, start: int, count: int) -> int:
 
 
 def _write_json(path: Path, content: dict) -> Path:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
-    return path
+    return write_whole(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _pair_actions(names: tuple[str, ...]) -> list[list[int]]:
@@ -338,11 +341,15 @@ def _draw_light(rng: Generator) -> np.ndarray:
         direction = rng.normal(size=3) * (1, 0.6, 0.7) + (0, 0.5, 0.5)
         direction = direction / np.linalg.norm(direction)
         lamp = rng.uniform(0.1, 0.8) * rng.uniform(0.88, 1.12, 3)
-        response = harmonics(direction)
-        response[0] *= math.pi  # DECA's band 0 leaves out the cosine lobe's pi
-        light += (response / np.array([math.pi] + [2.094] * 3 + [0.785] * 5))[:, None] * lamp
+        light += _lamp(direction)[:, None] * lamp
     frontal = float(irradiance(np.array([[0.0, 0.0, 1.0]]), light).mean())
     return light * (rng.uniform(0.65, 1.15) / max(frontal, 0.2))
+
+
+def _lamp(direction: np.ndarray) -> np.ndarray:
+    """(9,) coefficients of a far lamp of unit strength: irradiance max(0, n . direction), as nine harmonics can."""
+    lobe = np.array([1 / math.pi] + [2 * math.pi / 3] * 3 + [math.pi / 4] * 5)  # the first is not in CONSTANTS
+    return harmonics(direction) / lobe
 
 
 def _draw_hair_colour(rng: Generator) -> np.ndarray:
@@ -399,7 +406,7 @@ def _draw_teeth(rng: Generator, image, landmarks_px: np.ndarray) -> None:
     """Upper teeth in an open mouth; the mesh has none."""
     from PIL import ImageDraw
 
-    upper, lower = landmarks_px[60:65], landmarks_px[[64, 67, 66, 65, 60]][::-1]
+    upper, lower = landmarks_px[60:65], landmarks_px[[60, 67, 66, 65, 64]]
     if np.linalg.norm(upper[2] - lower[2]) < 3:
         return
     edge = upper + (lower - upper) * rng.uniform(0.3, 0.9)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chebface.errors import AssetError
+from chebface.files import whole
 from chebface.params import PARTS
 
 FORMAT = 1
@@ -58,7 +59,7 @@ class Head:
     def __post_init__(self) -> None:
         _check(self)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Digest of names and arrays: the identity of the head, the same on every machine that made it."""
         digest = hashlib.sha256()
@@ -66,6 +67,11 @@ class Head:
             digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What every artefact made with this head records of it."""
+        return {"name": self.name, "version": self.version, "licence": self.licence, "sha256": self.sha256}
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -143,15 +149,9 @@ def save(head: Head, path: str | Path) -> Path:
         "expression_names": list(head.expression_names),
         "regions": sorted(head.masks),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     arrays: dict[str, Any] = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8), **head._arrays()}
-    try:
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, open(partial, "wb") as file:
+        np.savez_compressed(file, **arrays)
     return path
 
 
