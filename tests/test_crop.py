@@ -92,7 +92,7 @@ def test_align_puts_the_points_on_the_template():
     cut = crop.align(image, points)
     assert cut.aligned_u8.shape == (112, 112, 3) and cut.aligned_u8.dtype == np.uint8
     np.testing.assert_allclose(cut.photo_to_aligned(points), crop.ARCFACE_POINTS_PX, atol=1e-9)
-    assert cut.scale == pytest.approx(0.4)
+    assert cut.wide_scale == pytest.approx(0.4 * 4 / 3)
 
 
 def test_points_go_round_through_every_frame():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 
@@ -89,3 +90,10 @@ def test_cache_folder_follows_the_platform(monkeypatch, platform, variables, exp
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.platform", platform)
     assert cache_dir().as_posix() == expected
+
+
+def test_freed_memory_can_be_kept():
+    """In a process of its own: the setting stays for good."""
+    code = "import sys; from chebface.native import keep_freed_memory; print(keep_freed_memory(), sys.platform)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == str(sys.platform == "linux")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from chebface import native
-from chebface.errors import InputError
-from chebface.render import raster
-from chebface.render.cpu import CpuRenderer, _interpolate_reference
+from chebface.errors import ConfigError, InputError
+from chebface.render import open_renderer, raster
+from chebface.render.cpu import _interpolate_reference
 
 HEIGHT, WIDTH = 33, 47
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
@@ -48,7 +48,7 @@ def test_reference_runs_when_native_is_switched_off(monkeypatch):
     try:
         assert raster.implementation() == "reference (CHEBFACE_NATIVE=0)"
         got = raster.rasterize(points, faces, HEIGHT, WIDTH)
-        image, _ = CpuRenderer(faces).render(*(torch.from_numpy(points)[None],) * 2, HEIGHT, WIDTH)
+        image, _ = open_renderer(faces).render(*(torch.from_numpy(points)[None],) * 2, HEIGHT, WIDTH)
     finally:
         native.load.cache_clear(), native._load.cache_clear()
     np.testing.assert_array_equal(got[0], want[0])
@@ -60,7 +60,7 @@ def test_reference_runs_when_native_is_switched_off(monkeypatch):
 
 def test_interpolating_positions_gives_back_pixel_centres():
     points, faces = bumpy_sheet(3)
-    image, mask = CpuRenderer(faces).render(*(torch.from_numpy(points)[None],) * 2, HEIGHT, WIDTH)
+    image, mask = open_renderer(faces).render(*(torch.from_numpy(points)[None],) * 2, HEIGHT, WIDTH)
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     inside = mask[0].numpy()
     assert 0.8 < inside.mean() < 1.01
@@ -97,7 +97,7 @@ def test_gradients_agree_with_autograd_through_the_definition():
         points = torch.tensor(points_np, dtype=dtype, requires_grad=True)
         attributes = torch.tensor(attributes_np, dtype=dtype, requires_grad=True)
         if dtype == torch.float32:
-            image, _ = CpuRenderer(faces).render(points[None], attributes[None], HEIGHT, WIDTH)
+            image, _ = open_renderer(faces).render(points[None], attributes[None], HEIGHT, WIDTH)
             image = image[0].permute(1, 2, 0)
         else:
             image = _interpolate_reference(points, attributes, faces, triangle, barycentric)
@@ -112,7 +112,7 @@ def test_moving_the_mesh_moves_the_picture():
     points, faces = bumpy_sheet(2)
     base = torch.tensor(points, requires_grad=True)
     attributes = torch.sin(torch.tensor(points[:, :1]) / 7)
-    render = CpuRenderer(faces).render
+    render = open_renderer(faces).render
 
     def centre_sum(p):
         return render(p[None], attributes[None], HEIGHT, WIDTH)[0][0, 0, 10:20, 15:30].sum()
@@ -139,7 +139,7 @@ def test_bad_meshes_are_refused_by_name(points, faces, size, names):
 
 
 def test_bad_batches_are_refused_by_name():
-    renderer = CpuRenderer(np.array([[0, 1, 2]]))
+    renderer = open_renderer(np.array([[0, 1, 2]]))
     with pytest.raises(InputError, match="points_px"):
         renderer.render(torch.zeros(4, 3), torch.zeros(1, 4, 2), 5, 6)
     with pytest.raises(InputError, match="attributes"):
@@ -153,3 +153,21 @@ def test_degenerate_and_infinite_triangles_draw_nothing():
         triangle, barycentric = function(points, faces, 12, 13)
         assert (triangle == -1).all()
         assert (barycentric == 0).all()
+
+
+def test_renderers_by_name():
+    faces = np.array([[0, 1, 2]])
+    assert open_renderer(faces).name == open_renderer(faces, "cpu").name == "cpu"
+    with pytest.raises(ConfigError, match="expected auto or one of cpu, got 'gl'"):
+        open_renderer(faces, "gl")
+
+
+def test_interpolation_checks_what_it_reads():
+    points, faces = bumpy_sheet()
+    hits = raster.rasterize(points, faces, HEIGHT, WIDTH)
+    with pytest.raises(InputError, match="attributes: expected"):
+        raster.interpolate(np.zeros((5, 3)), faces, *hits)
+    with pytest.raises(InputError, match="triangle: expected"):
+        raster.interpolate(np.zeros((len(points), 3)), faces[:4], *hits)
+    with pytest.raises(InputError, match="barycentric: expected"):
+        raster.interpolate(np.zeros((len(points), 3)), faces, hits[0], hits[1][:-1])

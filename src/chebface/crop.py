@@ -174,9 +174,9 @@ class Crop:
         return compose(WIDE_MATRIX, self.matrix)
 
     @property
-    def scale(self) -> float:
-        """Aligned pixels per photo pixel."""
-        return math.sqrt(abs(float(np.linalg.det(self.matrix[:, :2]))))
+    def wide_scale(self) -> float:
+        """Wide pixels per photo pixel."""
+        return math.sqrt(abs(float(np.linalg.det(self.wide_matrix[:, :2]))))
 
     def photo_to_aligned(self, points_px: np.ndarray) -> np.ndarray:
         """Points (..., 2) from the photo to the aligned crop."""

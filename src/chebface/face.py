@@ -46,8 +46,7 @@ def project_to_photo(points: np.ndarray, camera: np.ndarray, crop: Crop) -> np.n
     """
     ndc = cameras.project(np.asarray(points, np.float64), np.asarray(camera, np.float64))
     wide = cameras.ndc_to_px(ndc, crops.WIDE_PX, crops.WIDE_PX)
-    zoom = np.sqrt(abs(np.linalg.det(crop.wide_matrix[:, :2])))
-    return np.column_stack([crop.wide_to_photo(wide[:, :2]), wide[:, 2] * (crops.WIDE_PX / 2) / zoom])
+    return np.column_stack([crop.wide_to_photo(wide[:, :2]), wide[:, 2] * (crops.WIDE_PX / 2) / crop.wide_scale])
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +99,8 @@ class Face:
         surface = interpolate(work[:, 2:], self.faces, triangle, barycentric)[..., 0]
         covered = Image.fromarray((triangle >= 0).astype(np.uint8)).filter(ImageFilter.MinFilter(2 * _RIM_PX + 1))
         x, y = np.rint(work[:, :2]).astype(int).T
-        per_m = float(np.sqrt(abs(np.linalg.det(self.crop.wide_matrix[:, :2]))))
-        slack = _HIDDEN_BEHIND_M * abs(float(self.camera[0])) * crops.WIDE_PX / 2 / per_m * zoom
+        photo_px_per_m = abs(float(self.camera[0])) * crops.WIDE_PX / 2 / self.crop.wide_scale
+        slack = _HIDDEN_BEHIND_M * photo_px_per_m * zoom
         height, width = self.photo_size
         inside = (points[:, :2] >= 0).all(1) & (points[:, :2] <= (width - 1, height - 1)).all(1)
         facing = mesh.vertex_normals(self.vertices, self.faces)[:, 2] > _FACING

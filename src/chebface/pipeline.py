@@ -136,12 +136,8 @@ class Pipeline(abc.ABC):
         return Prepared(size, len(everyone), detections, crops, began, {step: 1e3 * s for step, s in timings.items()})
 
     def _finish(self, prepared: Prepared, outputs: Sequence[np.ndarray], infer_ms: float) -> list[Face]:
-        """Faces from what the network gave: parameters, vertices, landmarks, each (B, ...).
-
-        Raises:
-            AssetError: not as many, or not of the shape, dtype and finiteness that signature.py says.
-        """
-        parameters, vertices, landmarks = _check(outputs, len(prepared.crops))
+        """Faces from what the network gave, checked: parameters, vertices, landmarks, each (B, ...)."""
+        parameters, vertices, landmarks = outputs
         topology = self.topology
         cameras = parameters[:, params.SLICES["camera"]]
         landmarks_px = [

@@ -19,8 +19,14 @@ SLOPE = 0.2
 # A head of ordinary size fills the aligned crop with this camera (camera.py), so training starts from there.
 CAMERA_BIAS = (6.7, 0.0, 0.0)
 # What one unit of the network's output means, part by part, so that every part learns at a like pace.
-OUTPUT_UNIT = {"shape": 1.0, "pose": 0.3, "expression": 0.3, "texture": 1.0, "camera": 0.5, "light": 0.5}
-CAMERA_UNIT = (0.5, 0.01, 0.01)
+OUTPUT_UNIT = {
+    "shape": (1.0,),
+    "pose": (0.3,),
+    "expression": (0.3,),
+    "texture": (1.0,),
+    "camera": (0.5, 0.01, 0.01),
+    "light": (0.5,),
+}
 
 
 class Regressor(nn.Module):
@@ -50,8 +56,7 @@ class Regressor(nn.Module):
         with torch.no_grad():  # small but never zero: a zero head would starve the backbone of gradient
             self.output.weight *= 0.25
             self.output.bias.zero_()
-        unit = torch.cat([torch.full((size,), OUTPUT_UNIT[name]) for name, size in params.PARTS.items()])
-        unit[params.SLICES["camera"]] = torch.tensor(CAMERA_UNIT)
+        unit = torch.cat([torch.tensor(OUTPUT_UNIT[name]).expand(size) for name, size in params.PARTS.items()])
         offset = torch.zeros(params.TOTAL)
         offset[params.SLICES["camera"]] = torch.tensor(CAMERA_BIAS)
         offset[params.SLICES["light"]][:3] = 2.5  # an evenly lit face: constant harmonic only

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from chebface import signature
 from chebface.errors import AssetError, MissingDependencyError
 from chebface.signature import LEAVES, MODELS
 
@@ -29,8 +30,11 @@ def check_repository(repository: str | Path) -> Path:
     if not folder.is_dir():
         raise AssetError(f"model repository {folder}: not found; {fix}")
     for name in MODELS:
-        if not (folder / name / "config.pbtxt").is_file():
+        config = folder / name / "config.pbtxt"
+        if not config.is_file():
             raise AssetError(f"model repository {folder}: {name}/config.pbtxt is missing; {fix}")
+        if f'"{signature.digest()}"' not in config.read_text():
+            raise AssetError(f"{config}: was written for another version of signature.py; {fix}")
     for name, model in LEAVES.items():
         path = folder / name / "1" / "model.onnx"
         if not path.is_file():

@@ -23,16 +23,18 @@ from chebface import signature
 from chebface.errors import (
     ConfigError,
     InputError,
+    ServerBusyError,
     ServerError,
     ServerUnavailableError,
 )
 from chebface.repository import check_repository, materialise
-from chebface.signature import MODELS, Tensor
+from chebface.signature import BUSY_TEXTS, DEAD_TEXTS, MODELS, Tensor
 from chebface.wheel import HOST, Wheel, find_wheel, make_environment
 
 RESTRICTED = ("model-repository", "model-config", "shared-memory", "statistics", "trace", "logging")
 PORT_ATTEMPTS = 3  # a free port may be lost between its choice and its use
 PORT_TAKEN = "already in use"
+SILENCES = 3  # checks in a row without an answer before a server that is running counts as lost
 LOG_TAIL = 30  # lines shown when the server fails
 SHM = Path("/dev/shm")
 BROKEN_STOP_S = 2.0  # a server whose Python stub died never ends by itself
@@ -260,6 +262,7 @@ class Server:
 
         Raises:
             ServerUnavailableError: not started, dead, or no answer in time.
+            ServerBusyError: alive, and its queue is full.
             ServerError: an answer other than the three arrays.
         """
         port = self._port("http")
@@ -294,18 +297,24 @@ class Server:
             ) from error
         if status != 200:
             text = body.decode(errors="replace")[:300]
-            self._broken = self._broken or "is not healthy" in text
-            kind = ServerUnavailableError if self._broken or "unknown model" in text else ServerError
+            low = text.lower()
+            self._broken = self._broken or any(words in low for words in DEAD_TEXTS)
+            kind: type[ServerError] = ServerError
+            if self._broken or "unknown model" in low:
+                kind = ServerUnavailableError
+            elif any(words in low for words in BUSY_TEXTS):
+                kind = ServerBusyError
             raise kind(f"the server at {HOST}:{port} failed on a blank crop: HTTP {status} {text}")
         _check_answer(json.loads(body[:length]), model.outputs)
         return (time.monotonic() - began) * 1e3
 
     def watch(self, every_s: float = 10.0) -> None:
-        """Stay until the server fails; a blank crop goes through it from time to time.
+        """Stay until the server fails; a blank crop goes through it from time to time. Busy is no failure.
 
         Raises:
             ServerUnavailableError, ServerError: it died or stopped answering (with the log's end).
         """
+        silences = 0
         while True:
             due = time.monotonic() + every_s
             while time.monotonic() < due:
@@ -314,8 +323,13 @@ class Server:
                 time.sleep(0.2)
             try:
                 self.check()
+                silences = 0
+            except ServerBusyError:
+                silences = 0
             except ServerError as error:
-                raise type(error)(f"{error}; {self._tail()}") from error
+                silences += isinstance(error, ServerUnavailableError)
+                if self._broken or silences in {0, SILENCES}:
+                    raise type(error)(f"{error}; {self._tail()}") from error
 
     def stop(self) -> None:
         """Let requests in flight finish, end every process of the server, remove what it left behind.

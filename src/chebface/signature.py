@@ -6,7 +6,9 @@ batch dimension comes first and is not listed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 
 from chebface import params
 
@@ -51,4 +53,15 @@ DECODE = Model("decode", (PARAMETERS,), (VERTICES_M, LANDMARKS_M))
 TOPOLOGY = Model("topology", (REQUEST,), (TRIANGLES, HEAD_FACTS), batched=False)
 RECONSTRUCT = Model("reconstruct", (CROP,), (PARAMETERS, VERTICES_M, LANDMARKS_M), steps=("regress", "decode"))
 MODELS = {model.name: model for model in (REGRESS, DECODE, TOPOLOGY, RECONSTRUCT)}
+# What Triton says, in lower case, when it refuses because of load, and when it will not recover by itself. Codes
+# alone do not tell: UNAVAILABLE is both a full queue and a restricted interface.
+BUSY_TEXTS = ("maximum queue size", "timeout expired", "request timeout")
+DEAD_TEXTS = ("is not healthy", "stub process", "server is stopping", "shutting down")
+
 LEAVES = {name: model for name, model in MODELS.items() if not model.steps}  # those with a model file
+
+
+def digest() -> str:
+    """Digest of everything that crosses the wire: two programs with the same one can talk."""
+    models = {name: asdict(model) for name, model in MODELS.items()}
+    return hashlib.sha256(json.dumps(models, sort_keys=True).encode()).hexdigest()[:16]

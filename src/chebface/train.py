@@ -22,6 +22,7 @@ from chebface.data.sample import Shards
 from chebface.errors import AssetError, ChebfaceError
 from chebface.flame import Flame
 from chebface.heads import Head, open_head
+from chebface.native import keep_freed_memory
 from chebface.regressor import Regressor, normalize_crop
 
 STATE = "state.safetensors"  # everything needed to go on
@@ -149,6 +150,7 @@ def train_reconstructor(
     output.mkdir(parents=True, exist_ok=True)
     head, shards = open_head(config.head), Shards(data)
     checkpoint.check_head(shards.about, head)
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     model = Regressor(config.backbone, config.normalize_embedding).to(where)
     torch.nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)

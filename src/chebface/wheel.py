@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ NGC_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"  # or later
 
 def ngc_command(repository: str | Path = "triton_models") -> str:
     """The shell command that serves the same repository with NVIDIA's container, with its native backends."""
-    folder = Path(repository).resolve()
+    folder = shlex.quote(str(Path(repository).resolve()))
     return (
         f"docker run --rm --shm-size=1g -p {HOST}:8000-8002:8000-8002 -v {folder}:/models:ro {NGC_IMAGE} "
         "tritonserver --model-repository=/models --disable-auto-complete-config --model-control-mode=none "

@@ -14,12 +14,10 @@ from chebface.errors import (
     ServerError,
     ServerUnavailableError,
 )
-from chebface.signature import Model, Tensor
+from chebface.signature import BUSY_TEXTS, DEAD_TEXTS, Model, Tensor
 
 NUMPY_TYPES = {"FP32": np.float32, "UINT8": np.uint8, "INT32": np.int32, "BYTES": np.object_}
 PROBE_S = 2.0  # how long a server that missed a deadline may take to say that it is alive
-BUSY = ("maximum queue size", "timeout expired", "request timeout")
-DEAD = ("is not healthy", "stub process", "server is stopping", "shutting down")
 
 
 def parse_url(url: str) -> str:
@@ -142,7 +140,7 @@ class Channel:
         low = text.lower()
         kind: type[ServerError] = ServerError
         hint = ""
-        if any(words in low for words in BUSY):
+        if any(words in low for words in BUSY_TEXTS):
             kind, hint = ServerBusyError, f"send less at a time, or raise timeout_s ({self.timeout_s:g})"
         elif code == "DEADLINE_EXCEEDED":
             text = f"no answer within timeout_s ({self.timeout_s:g})"
@@ -150,7 +148,7 @@ class Channel:
                 kind, hint = ServerBusyError, "the server is alive: send less at a time, or raise timeout_s"
             else:
                 kind, hint = ServerUnavailableError, "the server does not say that it is alive either: is it running?"
-        elif any(words in low for words in DEAD):
+        elif any(words in low for words in DEAD_TEXTS):
             kind, hint = ServerUnavailableError, "a part of the server died: restart it"
         elif "restricted" in low:
             hint = "the server does not offer this to everyone"

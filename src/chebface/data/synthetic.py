@@ -29,12 +29,14 @@ from chebface.errors import AssetError
 from chebface.files import write_whole
 from chebface.heads import Head, open_head
 from chebface.mesh import vertex_normals
+from chebface.native import keep_freed_memory
 from chebface.render import raster
 from chebface.render.light import CONSTANTS, harmonics, irradiance
 
 _BATCH = 16
 _NOT_ALONE = {"jawOpen", "mouthClose", "unit-mouth-open"}  # the jaw joint opens the mouth; the second only corrects it
-_TARGET_PX = transform(ARCFACE_POINTS_PX, WIDE_MATRIX)  # where the five points belong in the wide frame
+# where the five points belong in the wide frame, ndc
+_TARGET = cam.px_to_ndc(transform(ARCFACE_POINTS_PX, WIDE_MATRIX), WIDE_PX, WIDE_PX)
 
 
 class Painter:
@@ -108,27 +110,28 @@ class Painter:
             seen = points - middle
             return seen[..., :2] * (distance / (distance - seen[..., 2:]))
 
-        # What the detector says: the five points with its own error, worse for turned faces.
-        seen = look(landmarks) * (1, -1)
+        # What the detector says: the five points with its own error, as crop.align would map them.
+        seen = look(landmarks)
         noise = rng.normal(size=(5, 2)) * rng.choice([0.0008, 0.002, 0.004], p=[0.5, 0.35, 0.15])
-        to_wide = estimate_similarity(five_points(seen) + noise, _TARGET_PX)
-        landmarks_px = transform(seen, to_wide)
+        to_ndc = estimate_similarity(five_points(seen) + noise, _TARGET)
+        ndc = transform(seen, to_ndc)
+        landmarks_px = cam.ndc_to_px(ndc, WIDE_PX, WIDE_PX)
 
         # The similarity's rotation becomes part of the head's pose; scale and shift the camera's.
-        angle = -math.atan2(to_wide[1, 0], to_wide[0, 0])
-        spin = _turn(0, 0, angle)
+        spin = _turn(0, 0, math.atan2(to_ndc[1, 0], to_ndc[0, 0]))
         parts["pose"][params.HEAD_POSE] = _axis_angle(spin @ _matrix(parts["pose"][params.HEAD_POSE]))
-        spun = landmarks @ spin.T
-        ndc = cam.px_to_ndc(landmarks_px, WIDE_PX, WIDE_PX)
-        scale, tx, ty = _fit_camera(spun, ndc)
+        scale, tx, ty = _fit_camera(landmarks @ spin.T, ndc)
         # The layer turns about the root joint, not about the origin: shift by what that differs.
         root = self._root(parameters)
         shift = root - spin @ root
         parts["camera"][:] = scale, tx - shift[0], ty - shift[1]
 
-        points = transform(look(vertices) * (1, -1), to_wide)
-        depth = -(vertices @ spin.T)[:, 2:] * scale
-        picture = self._draw(rng, parts, vertices @ spin.T, np.hstack([points, depth]), landmarks_px)
+        def place(points: np.ndarray) -> np.ndarray:  # pixels and depth of points turned by `spin`
+            unspun = points @ spin
+            flat = cam.ndc_to_px(transform(look(unspun), to_ndc), WIDE_PX, WIDE_PX)
+            return np.hstack([flat, -points[:, 2:]])
+
+        picture = self._draw(rng, parts, vertices @ spin.T, place, landmarks_px)
         return Sample(picture, parameters, landmarks_px.astype(np.float32))
 
     def _root(self, parameters: np.ndarray) -> np.ndarray:
@@ -141,7 +144,7 @@ class Painter:
         rng: Generator,
         parts: dict[str, np.ndarray],
         vertices: np.ndarray,
-        points_px: np.ndarray,
+        place: Callable[[np.ndarray], np.ndarray],
         landmarks_px: np.ndarray,
     ) -> np.ndarray:
         head = self.head
@@ -156,14 +159,13 @@ class Painter:
             strands = 1 + _field(rng, vertices, 0.006) * 0.35
             albedo = albedo * (1 - cover[:, None]) + hair_colour * strands[:, None] * cover[:, None]
             volume = cover * rng.gamma(2.0, 0.006) * (1 + 0.4 * _field(rng, vertices, 0.04))
-            scale_px = float(parts["camera"][0]) * WIDE_PX / 2
-            points_px = points_px + normals * (volume * scale_px)[:, None] * (1, -1, -2 / WIDE_PX)
+            vertices = vertices + normals * volume[:, None]
         shade = irradiance(normals, parts["light"])
         colour = np.clip(albedo, 0.01, 1) * np.clip(shade, 0.02, None)
         colour += self._gloss(rng, normals, parts["light"])[:, None]
         canvas = _draw_background(rng)
         _draw_behind(rng, canvas, landmarks_px, hair_colour if has_hair else None)
-        triangle, barycentric = raster.rasterize(points_px, head.faces, WIDE_PX, WIDE_PX)
+        triangle, barycentric = raster.rasterize(place(vertices), head.faces, WIDE_PX, WIDE_PX)
         drawn = raster.interpolate(colour, head.faces, triangle, barycentric)
         picture = np.where((triangle >= 0)[..., None], drawn, canvas.astype(np.float32) / 255)
         return self._photograph(rng, picture, landmarks_px)
@@ -261,6 +263,7 @@ def _be_single_threaded() -> None:
     import torch
 
     torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _make_shard(path: Path, config: Synthesize, start: int, count: int) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from chebface.errors import AssetError
 from chebface.heads.asset import CONTOUR_STEPS, JOINTS, PARENTS, REGIONS, Head
 from chebface.heads.unpickle import read_named
+from chebface.mesh import read_obj
 from chebface.params import PARTS
 
 LICENCE = "FLAME licence (research only unless FLAME 2023 Open, CC-BY-4.0)"
@@ -183,31 +184,18 @@ def _read_uv(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Texture points (T, 2), v up, and their triangles (M, 3), in the order of faces."""
     if uv is not None:
-        corners, points = _read_obj(Path(uv))
-        if not np.array_equal(corners[..., 0], faces):
+        mesh = read_obj(uv)
+        if mesh.uv is None or mesh.uv_faces is None:
+            raise AssetError(f"{uv}: has no texture coordinates; take FLAME's head_template.obj")
+        if not np.array_equal(mesh.faces, faces):
             raise AssetError(f"{uv}: its triangles are not the model's; take FLAME's head_template.obj")
-        return points, corners[..., 1]
+        return mesh.uv, mesh.uv_faces
     if texture is not None:
         shape = (len(faces), 3)
         return _array(Path(texture), space, "vt", (None, 2)), _array(Path(texture), space, "ft", shape)
     x, y, z = template.T
     height = (y - y.min()) / (y.max() - y.min())
     return np.stack([np.arctan2(x, z) / (2 * np.pi) + 0.5, height], axis=1), faces
-
-
-def _read_obj(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Corners (M, 3, 2) as (vertex, texture point) and texture points (T, 2) of a Wavefront file of triangles."""
-    points, corners = [], []
-    try:
-        for line in path.read_text("latin-1").splitlines():
-            kind, *words = line.split() or [""]
-            if kind == "vt":
-                points.append([float(word) for word in words[:2]])
-            elif kind == "f":
-                corners.append([[int(index) - 1 for index in word.split("/")[:2]] for word in words])
-        return np.array(corners).reshape(len(corners), 3, 2), np.array(points).reshape(len(points), 2)
-    except (OSError, ValueError) as error:
-        raise AssetError(f"{path}: not an OBJ file of triangles with texture coordinates ({error})") from error
 
 
 def _sample_texture(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chebface.heads.asset import Head
-from chebface.render.raster import interpolate, rasterize
+from chebface.render.view import draw_view
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,7 +19,7 @@ PEOPLE = 12
 SPAN = 0.285  # metres from a cell's top to its bottom
 SEED = 7
 CLAY = np.array([0.74, 0.74, 0.76])
-SUN = np.array([0.35, 0.40, 0.85])
+SHADE = 0.7
 SHOWN = [
     "jawOpen",
     "mouthSmileLeft",
@@ -51,10 +51,11 @@ def draw(head: Head) -> Image:
     rows = -(-len(cells) // COLUMNS)
     sheet = pillow.new("RGB", (COLUMNS * CELL[1], rows * CELL[0]), "white")
     pen = ImageDraw.Draw(sheet)
+    centre = (head.template.max(0) + head.template.min(0)).astype(np.float64) / 2
     for index, (label, vertices, albedo, yaw) in enumerate(cells):
         left, top = index % COLUMNS * CELL[1], index // COLUMNS * CELL[0]
-        picture = pillow.fromarray(_shade(head, vertices, albedo, yaw))
-        sheet.paste(picture.resize((CELL[1], CELL[0]), pillow.Resampling.BOX), (left, top))
+        picture = draw_view(vertices, head.faces, albedo, centre=centre, span=SPAN, yaw_deg=yaw, size=CELL, shade=SHADE)
+        sheet.paste(pillow.fromarray(picture), (left, top))
         pen.text((left + 5, top + 4), label, fill=(60, 60, 60))
     return sheet
 
@@ -81,26 +82,3 @@ def _cells(head: Head) -> list[tuple[str, np.ndarray, np.ndarray, float]]:
         albedo = skin + np.tensordot(dice.standard_normal(len(head.texture_dirs)), head.texture_dirs, 1)
         cells.append((f"person {person + 1}", vertices, np.clip(albedo, 0, 1), -35.0 if person % 2 else 0.0))
     return cells
-
-
-def _shade(head: Head, vertices: np.ndarray, albedo: np.ndarray, yaw: float) -> np.ndarray:
-    """Render one cell at twice its size: (2 H, 2 W, 3) uint8, on white."""
-    height, width = 2 * CELL[0], 2 * CELL[1]
-    turn = np.radians(yaw)
-    rotation = np.array([[np.cos(turn), 0, np.sin(turn)], [0, 1, 0], [-np.sin(turn), 0, np.cos(turn)]])
-    centre = (head.template.max(0) + head.template.min(0)).astype(np.float64) / 2
-    points = (vertices - centre) @ rotation.T
-    scale = height / SPAN
-    middle = (np.array([width, height]) - 1) / 2
-    seen = np.stack([middle[0] + points[:, 0] * scale, middle[1] - points[:, 1] * scale, -points[:, 2]], 1)
-    triangle, barycentric = rasterize(seen.astype(np.float32), head.faces, height, width)
-    corners = points[head.faces]
-    normals = np.zeros_like(points)
-    across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    for corner in range(3):
-        np.add.at(normals, head.faces[:, corner], across)
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
-    light = 0.32 + 0.72 * np.clip(normals @ (SUN / np.linalg.norm(SUN)), 0, 1)
-    colours = interpolate(albedo * light[:, None], head.faces, triangle, barycentric)
-    picture = np.where((triangle >= 0)[..., None], np.clip(colours, 0, 1), 1)
-    return np.asarray(np.rint(picture * 255), dtype=np.uint8)

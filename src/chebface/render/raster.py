@@ -100,7 +100,16 @@ def interpolate(attributes: np.ndarray, faces: np.ndarray, triangle: np.ndarray,
 
     Returns:
         (H, W, C) float32, zero where no triangle is.
+
+    Raises:
+        InputError: arrays that do not fit together.
     """
+    if attributes.ndim != 2 or (len(faces) and faces.max() >= len(attributes)):
+        raise InputError(f"attributes: expected (N, C) with N above {faces.max(initial=-1)}, got {attributes.shape}")
+    if triangle.ndim != 2 or (triangle.size and triangle.max() >= len(faces)):
+        raise InputError(f"triangle: expected (H, W) below {len(faces)}, got {triangle.shape}")
+    if barycentric.shape != (*triangle.shape, 3):
+        raise InputError(f"barycentric: expected {(*triangle.shape, 3)}, got {barycentric.shape}")
     library = native.load(_SOURCE)
     if library is None:
         return interpolate_reference(attributes, faces, triangle, barycentric)
