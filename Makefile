@@ -1,6 +1,6 @@
 # make demo   a photograph to a 3D head through a real Triton server     make demo PHOTO=me.jpg
 # make test   the tests                                                  make lint   ruff and mypy
-# make demo-weights   train the shipped weights again (hours)            make clean  what these made
+# make demo-weights   train the shipped weights again (an hour)          make clean  what these made
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -26,7 +26,8 @@ lint: $(VENV)/test
 # torch first and by its exact version, so that no other package chooses another build of it
 $(VENV)/demo: pyproject.toml
 	@echo "installing into $(VENV) (once, a minute or two)" >&2
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))" || \
+		{ echo "error: $(PYTHON) is not 3.10 to 3.12, which the pip server needs; make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; apt install python3-venv" >&2; exit 1; }
 	@$(PIP) --upgrade pip
 	@$(PIP) "$(TORCH)" "numpy<2"
@@ -44,4 +45,4 @@ demo-weights: $(VENV)/demo
 	$(BIN)/chebface train publish runs/demo/regressor.safetensors --held-out runs/held-out -o src/chebface/weights/demo.safetensors
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out runs triton_models/*/1

@@ -231,8 +231,10 @@ def test_evaluation_reports_against_the_mean_head(dataset, head_file, tmp_path):
     weights = train.train_reconstructor(tiny(head_file, steps=2), dataset, tmp_path)
     row = train.evaluate(weights, dataset)
     assert row["faces"] == COUNT
-    assert row["ratio"] == pytest.approx(row["neutral_mm"] / row["mean_head_neutral_mm"], rel=1e-3)
-    assert row["mean_head_neutral_mm"] > 1
+    for part in ("head", "face", "face_nonmetrical"):
+        assert row[f"ratio_{part}"] == pytest.approx(row[f"{part}_mm"] / row[f"mean_head_{part}_mm"], rel=1e-3)
+        assert row[f"mean_head_{part}_mm"] > 0.5
+    assert row["mean_head_face_nonmetrical_mm"] < row["mean_head_face_mm"]
     assert row["landmarks_px"] > 0
 
 
@@ -246,7 +248,7 @@ def test_published_weights_are_half_as_large_and_carry_their_errors(dataset, hea
     errors = train.publish(weights, other, small)
     assert small.stat().st_size < 0.52 * weights.stat().st_size
     _, card = checkpoint.load(small)
-    assert card["held_out"]["neutral_mm"] == errors["neutral_mm"]
+    assert card["held_out"]["head_mm"] == errors["head_mm"]
     assert card["held_out"]["data"]["count"] == 8
     assert train.evaluate(small, other) == errors
 
@@ -274,3 +276,16 @@ def test_learning_rate_warms_up_and_falls():
 def test_rotation_angle():
     turn = torch.tensor([[0.0, 0.3, 0.0], [0.0, 0.0, 0.0]])
     np.testing.assert_allclose(train.angle_deg(turn, torch.zeros(2, 3)), [np.degrees(0.3), 0], atol=0.05)
+
+
+def test_similarity_alignment_undoes_a_similarity():
+    rng = np.random.default_rng(0)
+    target = torch.from_numpy(rng.normal(size=(3, 20, 3)))
+    turn = torch.from_numpy(_turn(0.4, -0.3, 1.0))
+    source = 1.7 * target @ turn.T + torch.tensor([0.1, 2.0, -3.0])
+    torch.testing.assert_close(train.align_similarity(source, target), target)
+    mirrored = target * torch.tensor([-1.0, 1, 1])
+    assert (train.align_similarity(mirrored, target) - target).abs().max() > 0.1  # a mirror is no similarity
+    noisy = target + 0.1 * torch.from_numpy(rng.normal(size=target.shape))
+    best = (train.align_similarity(noisy, target) - target).square().sum()
+    assert best <= (noisy - target).square().sum()

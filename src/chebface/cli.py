@@ -407,7 +407,7 @@ def publish(weights: Path, held_out: Path, output: Path, as_json: bool) -> None:
         _print_json(errors)
     else:
         size = output.stat().st_size / 1e6
-        click.echo(f"{output}: {size:.1f} MB, {errors['ratio']:.3f} of the mean head's vertex error")
+        click.echo(f"{output}: {size:.1f} MB, {errors['ratio_face_nonmetrical']:.3f} of the mean head's error")
 
 
 @main.group()
