@@ -17,7 +17,7 @@ from chebface import signature
 from chebface.errors import AssetError, MissingDependencyError
 from chebface.repository import check_repository
 from chebface.signature import LEAVES, MODELS, REGRESS, Model
-from export.repository import check_config, config_text, fill_repository, signature_digest
+from export.repository import check_config, config_text, fill_repository
 from export.to_onnx import MANIFEST, _describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,14 +94,14 @@ def test_ensemble_wires_every_tensor() -> None:
 
 def test_every_config_carries_the_signatures_digest() -> None:
     for model in MODELS.values():
-        assert parse(model).parameters["chebface.signature"].string_value == signature_digest()[:16]
+        assert parse(model).parameters["chebface.signature"].string_value == signature.digest()[:16]
 
 
 def test_digest_follows_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signature_digest()
+    before = signature.digest()
     tensor = dataclasses.replace(REGRESS.outputs[0], shape=(436,))
     monkeypatch.setitem(MODELS, "regress", dataclasses.replace(REGRESS, outputs=(tensor,)))
-    assert signature_digest() != before
+    assert signature.digest() != before
 
 
 @pytest.mark.parametrize(
