@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.record import check, make_record, race
+from bench.record import check, make_record, one_thread, race
 from chebface import camera
 from chebface.errors import MissingDependencyError
 from chebface.heads import open_head
@@ -26,7 +26,11 @@ def measure(seconds: float) -> list[dict[str, Any]]:
     """
     if raster.implementation() != "native":
         raise MissingDependencyError(f"rendering: {raster.implementation()}")
-    torch.set_num_threads(1)
+    with one_thread():
+        return _measure(seconds)
+
+
+def _measure(seconds: float) -> list[dict[str, Any]]:
     head = open_head()
     ndc = camera.project(head.template.astype(np.float64), np.array([6.7, 0.0, 0.0]))
     points, faces = camera.ndc_to_px(ndc, SIZE, SIZE).astype(np.float32), head.faces
