@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,25 +18,49 @@ def main() -> None:
     """How fast, as a ratio against a rival in the same run."""
 
 
-@main.command()
-@click.option("--seconds", type=float, default=3.0, show_default=True, help="Per row.")
-@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout instead of a table.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Append the rows to this file.")
-def rendering(seconds: float, as_json: bool, output: Path | None) -> None:
-    """The built-in rasteriser and renderer."""
-    from bench.rendering import measure
+def _common(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Append the rows to this file."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout instead of a table."),
+        click.option("--seconds", type=float, default=3.0, show_default=True, help="Per row."),
+    ):
+        command = option(command)
+    return command
 
+
+def _report(measure: Callable[[], list[dict[str, Any]]], as_json: bool, output: Path | None) -> None:
+    """Measure, print, keep."""
     try:
-        rows = measure(seconds)
+        rows = measure()
     except ChebfaceError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     lines = [json.dumps(row) for row in rows]
     for row, line in zip(rows, lines, strict=True):
-        click.echo(
-            line if as_json else f"{row['case']:12} {row['pass']:8} {row['ratio']:6.1f}x faster than {row['rival']}"
-        )
+        case = f"{row['case']} {row['pass']}, batch {row['batch']}"
+        click.echo(line if as_json else f"{case:32} {row['ratio']:6.1f}x better than {row['rival']}")
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "a") as file:
             file.write("\n".join(lines) + "\n")
+
+
+@main.command()
+@_common
+def rendering(seconds: float, as_json: bool, output: Path | None) -> None:
+    """The built-in rasteriser and renderer."""
+    from bench.rendering import measure
+
+    _report(lambda: measure(seconds), as_json, output)
+
+
+@main.command()
+@_common
+@click.option("--batch", "batches", type=int, multiple=True, default=(1, 8, 64), show_default=True, help="Repeat it.")
+def kernels(seconds: float, as_json: bool, output: Path | None, batches: tuple[int, ...]) -> None:
+    """The Chebyshev kernels on the CPU against torch-geometric."""
+    from bench.kernels import measure
+
+    _report(lambda: measure(seconds, batches=batches), as_json, output)

@@ -47,7 +47,7 @@ def test_rendering_writes_whole_records(tmp_path, head):
     assert [row["case"] for row in rows] == ["rasterize", "render"]
     assert all(row.keys() >= WANTED for row in rows)
     assert [json.loads(line)["case"] for line in done.stdout.splitlines()] == ["rasterize", "render"]
-    assert "x faster than" in CliRunner().invoke(cli.main, ["rendering", "--seconds", "0"]).output
+    assert "x better than" in CliRunner().invoke(cli.main, ["rendering", "--seconds", "0"]).output
 
 
 @pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")

@@ -46,6 +46,16 @@ def test_compiles_once_per_content(tmp_path, monkeypatch):
 
 
 @needs_compiler
+def test_a_changed_header_compiles_again(tmp_path):
+    source, header = tmp_path / "sum.cpp", tmp_path / "sum_number.h"
+    source.write_text('#include "sum_number.h"\nextern "C" int answer() { return NUMBER; }\n')
+    for number in (1, 2):
+        header.write_text(f"#define NUMBER {number}\n")
+        native.load.cache_clear(), native._load.cache_clear()
+        assert native.load(source).answer() == number
+
+
+@needs_compiler
 def test_a_source_that_does_not_compile_says_so_and_leaves_nothing(tmp_path):
     source = tmp_path / "broken.cpp"
     source.write_text("int x = ;")

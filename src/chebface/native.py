@@ -56,7 +56,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     """Compile (or find compiled) and open a library.
 
     Args:
-        source: a self-contained C++ file that exports C functions.
+        source: a C++ file that exports C functions; it may include headers beside it called <its stem>_*.h.
 
     Returns:
         The library, or None when there is no compiler, compiling fails, or CHEBFACE_NATIVE=0. `why_missing` tells.
@@ -77,7 +77,8 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
     if compiler is None:
         return None, "no C++ compiler found (install g++ or set CXX)"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (source.read_text(), compiler, version, " ".join(FLAGS), platform.machine(), _processor())
+    code = [path.read_text() for path in (source, *sorted(source.parent.glob(f"{source.stem}_*.h")))]
+    parts = (*code, compiler, version, " ".join(FLAGS), platform.machine(), _processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = cache_dir() / "native" / f"{source.stem}-{key}.so"
     try:
