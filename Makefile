@@ -39,6 +39,8 @@ $(VENV)/test: $(VENV)/demo
 	@touch $(VENV)/test
 
 demo-weights: $(VENV)/demo
+	$(BIN)/chebface train encoder --config src/chebface/weights/encoder.toml -o runs/encoder
+	cp runs/encoder/encoder.safetensors src/chebface/weights/
 	$(BIN)/chebface data synthesize --config src/chebface/weights/data.toml -o runs/data
 	$(BIN)/chebface train reconstructor --config src/chebface/weights/demo.toml --data runs/data -o runs/demo
 	$(BIN)/chebface data synthesize --config src/chebface/weights/data.toml --set seed=1 --set count=2000 -o runs/held-out

@@ -362,6 +362,17 @@ def train() -> None:
     """Train networks."""
 
 
+def _show(progress: Callable[[int, int], None], what: str, total: int) -> Callable[[int, dict[str, Any]], None]:
+    """Report training rows: on a terminal the bar moves, elsewhere each row is a line of JSON on stderr."""
+
+    def report(step: int, row: dict[str, Any]) -> None:
+        progress(row[what], total)
+        if not sys.stderr.isatty():
+            click.echo(json.dumps(row), err=True)
+
+    return report
+
+
 @train.command()
 @click.option("--data", "dataset", type=_FOLDER, required=True, help="What `chebface data synthesize` wrote.")
 @click.option("-o", "--output", type=_FOLDER, required=True, help="Folder for log, state and weights.")
@@ -382,14 +393,36 @@ def reconstructor(
     wanted = settings.load(settings.TrainReconstructor, config, overrides)
 
     with _progress("training") as progress:
-
-        def report(step: int, row: dict[str, Any]) -> None:
-            progress(step, wanted.steps)
-            if not sys.stderr.isatty():
-                click.echo(json.dumps(row), err=True)
-
+        report = _show(progress, "step", wanted.steps)
         path = training.train_reconstructor(wanted, dataset, output, resume=resume, device=device, report=report)
     click.echo(f"{path}: {wanted.steps} steps")
+
+
+@train.command(name="encoder")
+@click.option("--meshes", type=_FOLDER, help="Registered meshes to learn from; default: people sampled from the head.")
+@click.option("-o", "--output", type=_FOLDER, required=True, help="Folder for log, state, weights and error maps.")
+@_CONFIG
+@_SET
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the state in the folder.")
+@_guarded
+def train_mesh_encoder(
+    meshes: Path | None, output: Path, config: Path | None, overrides: tuple[str, ...], device: str, resume: bool
+) -> None:
+    """Train the spectral mesh autoencoder, whose encoder is what the 3D-ID loss compares heads by."""
+    from chebface import config as settings
+    from chebface.train_encoder import load_encoder, train_encoder
+
+    wanted = settings.load(settings.TrainEncoder, config, overrides)
+    with _progress("training") as progress:
+        report = _show(progress, "epoch", wanted.epochs)
+        path = train_encoder(wanted, output, meshes=meshes, resume=resume, device=device, report=report)
+    model, card = load_encoder(path)
+    held_out = card["held_out"]
+    click.echo(
+        f"{path}: {model.weights} weights; held-out people {held_out['mm']['all']:.2f} mm, "
+        f"with as many principal components {held_out['pca_mm']['all']:.2f} mm"
+    )
 
 
 @train.command()
@@ -413,6 +446,25 @@ def publish(weights: Path, held_out: Path, output: Path, as_json: bool) -> None:
 @main.group()
 def evaluate() -> None:
     """Measure."""
+
+
+@evaluate.command()
+@click.option("--weights", type=_FILE, help="An encoder checkpoint; default: the shipped one.")
+@click.option("--meshes", type=_FOLDER, help="Registered meshes; default: people sampled from the encoder's head.")
+@click.option("-o", "--output", type=_FOLDER, default=Path("out/encoder"), show_default=True, help="For the report.")
+@_json_option
+@_guarded
+def encoder(weights: Path | None, meshes: Path | None, output: Path, as_json: bool) -> None:
+    """What the mesh encoder's code knows: reconstruction, identity, sensitivity; a JSON report with pictures."""
+    from chebface.descriptor_report import report
+
+    found = report(weights, output, meshes=meshes)
+    if as_json:
+        _print_json(found)
+        return
+    for line in found["findings"]:
+        click.echo(line)
+    click.echo(str(output))
 
 
 @evaluate.command()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 from chebface.errors import ConfigError
 
 C = TypeVar("C")
+ENCODER_FRAMES = ("raw", "centered", "whitened")
 
 
 def _check_positive(config: Any, *names: str) -> None:
@@ -54,6 +55,46 @@ class TrainReconstructor:
         _check_positive(self, "steps", "batch", "learning_rate", "clip_gradient", "log_every", "save_every")
         if self.precision not in {"fp32", "bf16"}:
             raise ConfigError(f"precision: expected fp32 or bf16, got {self.precision!r}")
+
+
+@dataclass(frozen=True)
+class TrainEncoder:
+    """Settings of `chebface train encoder`. Sizes, optimiser and batch are the paper's and CoMA's."""
+
+    head: str = "open"  # sampled where no folder is given; else its regions and parameters are used. "" for none
+    count: int = 4_000  # people to sample where no folder is given
+    expression: float = 0.0  # strength of their expressions; the identity loss compares heads without
+    unit: str = "m"  # of a folder's files: m, cm or mm
+    held_out: float = 0.1  # share of the people
+    code: int = 8  # numbers in the descriptor
+    terms: int = 6  # K of every convolution
+    # The code is linear, so its origin and axes do not change what is reconstructed, but a cosine depends on them.
+    # centered: the mean person has code zero. whitened: in addition the codes of people have unit covariance.
+    frame: str = "centered"
+    face_weight: float = 1.0  # of the face's vertices in the loss, where the rest has 1
+    # Where training meshes never move, noise is divided by this: heads that are symmetric or cut alike want 1e-3.
+    std_floor: float = 1e-7  # m
+    noise: float = 0.0  # m, a standard deviation: added to what the encoder sees, not to what is to come back
+    epochs: int = 300
+    batch: int = 16
+    learning_rate: float = 8e-3
+    decay: float = 0.99  # of the rate, each epoch
+    seed: int = 0
+    log_every: int = 50  # steps
+    save_every: int = 5  # epochs; held-out people are measured then
+
+    def __post_init__(self) -> None:
+        if self.frame not in ENCODER_FRAMES:
+            raise ConfigError(f"frame: expected one of {', '.join(ENCODER_FRAMES)}, got {self.frame!r}")
+        for name in ("count", "code", "terms", "epochs", "batch", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("expression", "noise"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}: expected 0 or above, got {getattr(self, name)}")
+        for name in ("learning_rate", "decay", "std_floor", "face_weight"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: expected above 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

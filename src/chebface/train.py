@@ -181,7 +181,12 @@ def train_reconstructor(
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 numbers = {name: round(part.item(), 5) for name, part in parts.items()}
                 rate = seen / (time.monotonic() - clock)
-                row = {"step": step + 1, "loss": loss.item(), "gradient": norm.item(), "faces_per_s": rate} | numbers
+                row = {
+                    "step": step + 1,
+                    "loss": loss.item(),
+                    "gradient": norm.item(),
+                    "faces_per_s": rate,
+                } | numbers
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 if report:
