@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -171,3 +173,13 @@ def test_data_and_training_commands(run, tmp_path):
     weights = tmp_path / "run" / "regressor.safetensors"
     result = run("evaluate", "synthetic", data, "--weights", weights, "--json")
     assert json.loads(result.stdout)["faces"] == 8
+
+
+@pytest.mark.parametrize("command", [["reconstruct", "x.jpg"], ["data", "synthesize", "-o", "d"]])
+def test_a_missing_package_is_named_with_its_extra(command, tmp_path):
+    code = "import sys; sys.modules['torch'] = None; from chebface.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 4
+    assert done.stderr == "error: torch is not installed: pip install 'chebface[torch]'\n"

@@ -26,6 +26,7 @@ from chebface.errors import (
     ConfigError,
     InputError,
     MissingDependencyError,
+    ServerBusyError,
     ServerError,
     ServerUnavailableError,
 )
@@ -452,3 +453,25 @@ def test_requests_in_flight_finish_before_the_server_stops(repository: Path) -> 
 def test_stand_ins_are_valid_graphs() -> None:
     for model in LEAVES.values():
         onnx.checker.check_model(stand_in(model), full_check=True)
+
+
+def test_watching_takes_busy_for_alive_and_silence_for_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    late, busy = ServerUnavailableError("no answer"), ServerBusyError("full queue")
+    answers = iter([busy] * 4 + [late, late, None, late, busy, late, late, late])
+    asked = []
+
+    def check() -> float:
+        asked.append(answer := next(answers))
+        if answer:
+            raise answer
+        return 1.0
+
+    server = Server()
+    monkeypatch.setattr(server, "is_running", lambda: True)
+    monkeypatch.setattr(server, "check", check)
+    with pytest.raises(ServerUnavailableError, match="no answer"):
+        server.watch(every_s=0)
+    assert len(asked) == 12
+    answers = iter([late, ServerError("wrong answer")])
+    with pytest.raises(ServerError, match="wrong answer"):
+        server.watch(every_s=0)

@@ -327,8 +327,9 @@ class Server:
             except ServerBusyError:
                 silences = 0
             except ServerError as error:
-                silences += isinstance(error, ServerUnavailableError)
-                if self._broken or silences in {0, SILENCES}:
+                silences += 1
+                silent = isinstance(error, ServerUnavailableError) and not self._broken
+                if not silent or silences == SILENCES:
                     raise type(error)(f"{error}; {self._tail()}") from error
 
     def stop(self) -> None:
