@@ -357,8 +357,9 @@ def test_signals_need_the_main_thread() -> None:
 def test_interrupted_parent_takes_the_server_along(repository: Path, number: signal.Signals) -> None:
     program = textwrap.dedent(
         """
-        import sys
+        import signal, sys
         from chebface.server import Server, stop_signals
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are told to ignore it
         try:
             with stop_signals(), Server(sys.argv[1]) as server:
                 print(server.pid, flush=True)
@@ -377,6 +378,17 @@ def test_interrupted_parent_takes_the_server_along(repository: Path, number: sig
     assert parent.returncode == 0
     assert processes_of(group) == []
     assert shared_memory(parent.pid) == set()
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in {signal.SIG_IGN, signal.SIG_DFL}
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_forgotten_server_ends_with_its_parent(repository: Path) -> None:
