@@ -182,8 +182,7 @@ class MobileFaceNet(nn.Module):
 class Light(nn.Module):
     """Ours, of MobileFaceNet's size: ArcFace's residual blocks, narrow, with MobileFaceNet's ends.
 
-    Dense 3 x 3 convolutions keep a CPU busy where depth-wise ones wait for memory: it trains about eight times
-    faster there than MobileFaceNet.
+    Dense 3 x 3 convolutions keep a CPU busy where depth-wise ones wait for memory.
     """
 
     def __init__(self) -> None:

@@ -25,8 +25,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffp-contrac
 def keep_freed_memory() -> bool:
     """Tell glibc to keep large freed blocks for the next allocation of their size.
 
-    By default it gives them back to the system and gets them again page by page: in a loop that allocates the same
-    megabytes every step, a third of the time can go there.
+    By default it gives them back to the system and gets them again page by page, over and over in a loop that
+    allocates the same megabytes every step.
 
     Returns:
         whether there was a glibc to tell.

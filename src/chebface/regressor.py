@@ -39,7 +39,6 @@ class Regressor(nn.Module):
 
     def __init__(self, backbone: str = "light", normalize: bool = False) -> None:
         super().__init__()
-        self.backbone_name = backbone
         self.normalize = normalize
         self.backbone = build_backbone(backbone)
         sizes = (EMBEDDING, HIDDEN, HIDDEN, HIDDEN, HIDDEN)

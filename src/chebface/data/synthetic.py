@@ -55,7 +55,6 @@ class Painter:
         nothing = np.zeros(len(head.template), bool)
         self._eyes = head.masks.get("eyeballs", nothing)
         self._hair_reach = _soften(head.masks.get("scalp", nothing).astype(np.float32), head.faces, 6)
-        self._face = head.masks.get("face", ~nothing)
         self._actions = _pair_actions(head.expression_names)
 
     def paint(self, indices: range) -> list[Sample]:

@@ -32,7 +32,7 @@ _BROKEN = (
     TypeError,
     ValueError,
 )
-_building = threading.Lock()  # processes may build twice, to the same end; threads share a partial file's name
+_building = threading.Lock()  # threads wait for one build; processes may build twice, to the same end
 
 
 class Entry(NamedTuple):

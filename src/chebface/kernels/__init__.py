@@ -10,7 +10,6 @@ definition, `chebface.kernels.reference`, has them.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -80,7 +79,7 @@ def _find_kernel(device: str) -> tuple[ModuleType | None, str | None]:
 @cache
 def _import_kernel(device: str) -> ModuleType | None:
     name = _MODULES.get(device)  # imported late: they use Graph of this package
-    return None if name is None or importlib.util.find_spec(name) is None else importlib.import_module(name)
+    return None if name is None else importlib.import_module(name)
 
 
 def _choose(x: torch.Tensor) -> ModuleType | None:
