@@ -22,7 +22,7 @@ LAYERS = [
     {"train", "reconstruct", "server", "client", "leaf"},
     {"repository", "wheel"},
     {"pipeline", "data"},
-    {"checkpoint", "losses"},
+    {"checkpoint", "losses", "optimizer"},
     {"face", "flame", "regressor", "encoder"},
     {"hierarchy"},
     {"heads", "arcface", "render.cpu", "kernels"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -202,8 +203,9 @@ def test_training_lowers_the_loss(dataset, head_file, tmp_path):
     assert rows[-1]["landmarks"] < 0.7 * rows[0]["landmarks"]
 
 
-def test_a_killed_run_resumes_bit_for_bit(dataset, head_file, tmp_path):
-    config = tiny(head_file)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_resumes_bit_for_bit(dataset, head_file, tmp_path, optimizer):
+    config = tiny(head_file, optimizer=optimizer, skip=optimizer == "muon")
     rows = []
     whole = train.train_reconstructor(config, dataset, tmp_path / "whole", report=lambda s, r: rows.append(r))
     assert [row["step"] for row in rows] == [2, 4, 6]
@@ -224,7 +226,7 @@ def test_a_killed_run_resumes_bit_for_bit(dataset, head_file, tmp_path):
     assert resumed.read_bytes() == whole.read_bytes()
 
     with pytest.raises(AssetError, match="other settings \\(seed\\)"):
-        train.train_reconstructor(tiny(head_file, seed=5), dataset, tmp_path / "killed")
+        train.train_reconstructor(dataclasses.replace(config, seed=5), dataset, tmp_path / "killed")
 
 
 def test_evaluation_reports_against_the_mean_head(dataset, head_file, tmp_path):
@@ -263,14 +265,14 @@ def test_training_refuses_what_does_not_fit(dataset, head_file, tmp_path):
         train.train_reconstructor(tiny(head_file, learning_rate=1e30, warmup_steps=0), dataset, tmp_path / "c")
 
 
-def test_learning_rate_warms_up_and_falls():
-    config = TrainReconstructor(steps=100, learning_rate=2.0, warmup_steps=10, final_learning_rate=0.5)
-    rates = [train.learning_rate(config, step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2)
-    assert max(rates) == pytest.approx(2.0)
-    assert rates[-1] == pytest.approx(1.0, abs=0.01)
-    assert all(b <= a for a, b in pairwise(rates[10:]))
-    assert train.learning_rate(TrainReconstructor(), 159_999) == 1e-5
+def test_rate_warms_up_and_falls():
+    config = TrainReconstructor(steps=100, warmup_steps=10, final_learning_rate=0.25)
+    shares = [train.rate_share(config, step) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert max(shares) == pytest.approx(1.0)
+    assert shares[-1] == pytest.approx(0.25, abs=0.01)
+    assert all(b <= a for a, b in pairwise(shares[10:]))
+    assert train.rate_share(TrainReconstructor(), 159_999) == 1
 
 
 def test_rotation_angle():

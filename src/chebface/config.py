@@ -27,13 +27,16 @@ class TrainReconstructor:
 
     backbone: str = "iresnet100"
     normalize_embedding: bool = False
+    skip: bool = False  # a linear path beside the mapping network
     head: str = "open"
     steps: int = 160_000
     batch: int = 8
+    optimizer: str = "adamw"  # or muon: Muon for the hidden layers, AdamW for the rest
     learning_rate: float = 1e-5
+    muon_learning_rate: float = 0.02
     weight_decay: float = 2e-4
     warmup_steps: int = 0
-    final_learning_rate: float = 1.0  # of learning_rate, reached on a cosine at the last step; 1 keeps it constant
+    final_learning_rate: float = 1.0  # share of the rates, reached on a cosine at the last step; 1 keeps it constant
     clip_gradient: float = 10.0  # largest gradient norm
     lambda_2d: float = 0.4
     lambda_3d: float = 0.6
@@ -52,7 +55,10 @@ class TrainReconstructor:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        _check_positive(self, "steps", "batch", "learning_rate", "clip_gradient", "log_every", "save_every")
+        positive = "steps batch learning_rate muon_learning_rate clip_gradient log_every save_every"
+        _check_positive(self, *positive.split())
+        if self.optimizer not in {"adamw", "muon"}:
+            raise ConfigError(f"optimizer: expected adamw or muon, got {self.optimizer!r}")
         if self.precision not in {"fp32", "bf16"}:
             raise ConfigError(f"precision: expected fp32 or bf16, got {self.precision!r}")
 

@@ -35,9 +35,10 @@ class Regressor(nn.Module):
     Args:
         backbone: a name of `arcface.BACKBONES`.
         normalize: L2-normalise the embedding, as MICA does with pretrained ArcFace weights.
+        skip: add a linear path beside the mapping network; a network trained from scratch learns shape faster with it.
     """
 
-    def __init__(self, backbone: str = "light", normalize: bool = False) -> None:
+    def __init__(self, backbone: str = "light", normalize: bool = False, skip: bool = False) -> None:
         super().__init__()
         self.normalize = normalize
         self.backbone = build_backbone(backbone)
@@ -47,6 +48,7 @@ class Regressor(nn.Module):
             layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(SLOPE)]
         self.mapping = nn.Sequential(*layers)
         self.output = nn.Linear(HIDDEN, params.TOTAL)
+        self.skip = nn.Linear(EMBEDDING, params.TOTAL, bias=False) if skip else None
         for module in self.mapping:
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, a=SLOPE, nonlinearity="leaky_relu")
@@ -55,6 +57,8 @@ class Regressor(nn.Module):
         with torch.no_grad():  # small but never zero: a zero head would starve the backbone of gradient
             self.output.weight *= 0.25
             self.output.bias.zero_()
+            if self.skip is not None:
+                self.skip.weight *= 0.25
         unit = torch.cat([torch.tensor(OUTPUT_UNIT[name]).expand(size) for name, size in params.PARTS.items()])
         offset = torch.zeros(params.TOTAL)
         offset[params.SLICES["camera"]] = torch.tensor(CAMERA_BIAS)
@@ -79,7 +83,10 @@ class Regressor(nn.Module):
         embedding = self.backbone(crop)
         if self.normalize:
             embedding = nn.functional.normalize(embedding)
-        return self.output(self.mapping(embedding)) * self.unit + self.offset
+        output = self.output(self.mapping(embedding))
+        if self.skip is not None:
+            output = output + self.skip(embedding)
+        return output * self.unit + self.offset
 
 
 def normalize_crop(crop_u8: Tensor) -> Tensor:

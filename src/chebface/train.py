@@ -23,6 +23,7 @@ from chebface.errors import AssetError, ChebfaceError
 from chebface.flame import Flame
 from chebface.heads import Head, open_head
 from chebface.native import keep_freed_memory
+from chebface.optimizer import build_optimizers, set_rate
 from chebface.regressor import Regressor, normalize_crop
 
 STATE = "state.safetensors"  # everything needed to go on
@@ -152,20 +153,19 @@ def train_reconstructor(
     checkpoint.check_head(shards.about, head)
     keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = Regressor(config.backbone, config.normalize_embedding).to(where)
+    model = Regressor(config.backbone, config.normalize_embedding, config.skip).to(where)
     torch.nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizers = build_optimizers(model, config)
     objective = Objective(head, config, where)
-    start = _restore(output / STATE, model, optimizer, config) if resume else 0
+    start = _restore(output / STATE, model, optimizers, config) if resume else 0
     card = _card(config, head, shards)
     half = config.precision == "bf16"
     model.train()
     clock, seen = time.monotonic(), 0
     with open(output / "log.jsonl", "a") as log:
         for step, batch in enumerate(Batches(shards, config.batch, config.seed, start, config.steps), start):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+            set_rate(optimizers, rate_share(config, step))
             crops, truth, landmarks_ndc = (tensor.to(where) for tensor in batch)
             with torch.autocast(where.type, torch.bfloat16, enabled=half):
                 predicted = model(normalize_crop(crops).to(memory_format=torch.channels_last))
@@ -173,10 +173,11 @@ def train_reconstructor(
             if not torch.isfinite(loss):
                 broken = [name for name, part in parts.items() if not torch.isfinite(part)]
                 raise DivergedError(f"step {step}: loss term {', '.join(broken)} is not finite; lower learning_rate")
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_gradient)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             seen += len(crops)
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 numbers = {name: round(part.item(), 5) for name, part in parts.items()}
@@ -192,18 +193,18 @@ def train_reconstructor(
                 if report:
                     report(step + 1, row)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                _save_state(output / STATE, model, optimizer, step + 1, config)
+                _save_state(output / STATE, model, optimizers, step + 1, config)
                 checkpoint.save(output / WEIGHTS, model.state_dict(), card | {"steps_done": step + 1})
     return output / WEIGHTS
 
 
-def learning_rate(config: TrainReconstructor, step: int) -> float:
-    """Linear warm-up, then a cosine down to final_learning_rate times the full rate."""
+def rate_share(config: TrainReconstructor, step: int) -> float:
+    """Share of the full learning rate: linear warm-up, then a cosine down to final_learning_rate."""
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     low = config.final_learning_rate
-    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def evaluate(weights: str | Path | None, data: str | Path, *, batch: int = 32) -> dict[str, Any]:
@@ -321,21 +322,25 @@ def _card(config: TrainReconstructor, head: Head, shards: Shards) -> dict[str, A
     return {
         "backbone": config.backbone,
         "normalize": config.normalize_embedding,
+        "skip": config.skip,
         "head": head.facts,
         "training": to_dict(config),
         "data": shards.about["settings"],
     }
 
 
-def _save_state(path: Path, model: Regressor, optimizer: torch.optim.Optimizer, step: int, config: Any) -> None:
+def _save_state(
+    path: Path, model: Regressor, optimizers: list[torch.optim.Optimizer], step: int, config: TrainReconstructor
+) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    for place, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{place}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     tensors["rng"] = torch.get_rng_state()
     checkpoint.save(path, tensors, {"step": step, "config": to_dict(config)})
 
 
-def _restore(path: Path, model: Regressor, optimizer: torch.optim.Optimizer, config: TrainReconstructor) -> int:
+def _restore(path: Path, model: Regressor, optimizers: list[torch.optim.Optimizer], config: TrainReconstructor) -> int:
     if not path.exists():
         return 0
     tensors, card = checkpoint.load(path)
@@ -345,11 +350,12 @@ def _restore(path: Path, model: Regressor, optimizer: torch.optim.Optimizer, con
             f"{path}: was begun with other settings ({', '.join(changed)}); choose another output or --no-resume"
         )
     model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            _, place, index, key = name.split(".")
+            states[int(place)].setdefault(int(index), {})[key] = tensor
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     torch.set_rng_state(tensors["rng"])
     return int(card["step"])
