@@ -142,10 +142,10 @@ def _run(
 
 def _run_plan(which: str, plan: cpu.Plan, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
     """The same for the encoder in one call."""
-    z = cpu.encode(x, plan)
     if which == "forward":
-        return [z]
-    grad_x, weights, biases, *linear = cpu.encode_backward(grad, x, plan, True)
+        return [cpu.encode(x, plan)]
+    z, saved = cpu.encode_saving(x, plan)
+    grad_x, weights, biases, *linear = cpu.encode_backward(grad, x, plan, True, saved=saved)
     return [z, *([] if grad_x is None else [grad_x]), *weights, *biases, *linear]
 
 

@@ -181,6 +181,12 @@ def test_the_encoder_is_its_layers(encoder, batch, threads):
     assert all(relative(got, want) < GRADIENT for got, want in zip(found, gradients, strict=True))
     again = cpu.encode_backward(grad_z, x, plan, False, threads=threads)
     assert again[0] is None and all(torch.equal(a, b) for a, b in zip(again[1], groups[0], strict=True))
+    same, saved = cpu.encode_saving(x, plan, threads=threads)
+    assert torch.equal(same, cpu.encode(x, plan, threads=threads))
+    kept = cpu.encode_backward(grad_z, x, plan, True, saved=saved, threads=threads)
+    assert torch.equal(kept[0], grad_x) and all(torch.equal(a, b) for a, b in zip(kept[1], groups[0], strict=True))
+    frozen = cpu.encode_backward(grad_z, x, plan, True, saved=saved, need_weights=False, threads=threads)
+    assert torch.equal(frozen[0], grad_x) and frozen[1:] == ([], [], None, None)
 
 
 def test_an_encoder_of_other_widths(encoder):
@@ -199,6 +205,14 @@ def test_an_encoder_of_other_widths(encoder):
     found = [grad_x, *groups[0], *groups[1], grad_linear_weight, grad_linear_bias]
     gradients = torch.autograd.grad(z, leaves, grad_z.double())
     assert all(relative(got, want) < GRADIENT for got, want in zip(found, gradients, strict=True))
+    saved = cpu.encode_saving(x, plan)[1]
+    assert torch.equal(cpu.encode_backward(grad_z, x, plan, True, saved=saved)[0], grad_x)
+
+
+def test_large_batches_save_nothing(encoder):
+    x, plan = make_inside(17, SIZES[0], 3), cpu.prepare(*encoder)
+    code, saved = cpu.encode_saving(x, plan)
+    assert saved is None and torch.equal(code, cpu.encode(x, plan))
 
 
 def test_a_plan_sees_steps_in_place_and_takes_other_weights(encoder):
@@ -405,3 +419,5 @@ def test_wrong_encoders_are_refused(encoder):
         cpu.encode(torch.zeros(1, 399, 3), plan)
     with pytest.raises(InputError, match=r"grad_z: expected \(1, 8\)"):
         cpu.encode_backward(torch.zeros(1, 7), torch.zeros(1, 400, 3), plan, True)
+    with pytest.raises(InputError, match="saved: expected"):
+        cpu.encode_backward(torch.zeros(1, CODES), torch.zeros(1, 400, 3), plan, True, saved=torch.zeros(5))

@@ -27,7 +27,7 @@ constexpr int kRows = 2, kChannels = 2, kTerms = 1;
 constexpr int kPacked = 8;  // up to so many channels, meshes share a row
 
 // What scratch memory holds: two buffers of rows, planes of a gradient, g, small things; then by layer.
-enum Number { kA, kB, kSpread, kGradient, kOut, kTerms0 = 8, kOut0 = 24, kGrad0 = 40 };
+enum Number { kA, kB, kSpread, kGradient, kOut, kUnwanted, kTerms0 = 8, kOut0 = 24, kGrad0 = 40 };
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
@@ -95,6 +95,7 @@ struct Layer {
     int64_t blocks() const { return packed() ? 1 : (in + 15) / 16; }
     int64_t meshes() const { return packed() ? 16 / in : 1; }  // in a row
     int64_t parameters() const { return (terms * in + 1) * wide(); }  // of the gradient: weight, then bias
+    int64_t planes(int64_t lanes) const { return blocks() * terms * graph->kept * lanes; }  // floats of all terms
     int64_t step() const { return in <= 4 ? 4 : 8; }  // columns of a term in `turned`, where meshes share rows
     int64_t turned_columns() const { return round_up(packed() ? terms * step() : in, 16); }
     Pack pack(int64_t count, int64_t block) const {
@@ -279,36 +280,35 @@ void narrow(const Layer& layer, const float* wide_grad, float* grad_weight, floa
 
 bool narrow_rows(const Layer& layer, int64_t count) { return layer.packed() && count * layer.in <= 4; }
 
-// The terms of all blocks for `count` meshes; in scratch under `number`.
+// The terms of all blocks for `count` meshes, into planes.
 template <int W>
-float* terms_of(const Layer& layer, const float* x, int64_t stride, int64_t count, size_t number) {
+void fill_terms(const Layer& layer, const float* x, int64_t stride, int64_t count, float* planes) {
     const Graph& graph = *layer.graph;
     float* a = scratch.get(kA, graph.n * W);
     float* b = scratch.get(kB, graph.n * W);
     const int64_t size = layer.terms * graph.kept * W;
-    float* planes = scratch.get(number, layer.blocks() * size);
     for (int64_t block = 0; block < layer.blocks(); ++block)
         make_terms<W>(graph, layer.pack(count, block), layer.terms, x, stride, layer.in, a, b, planes + block * size);
-    return planes;
 }
 
 template <int W>
 void layer_forward(const Layer& layer, const float* x, int64_t stride, int64_t count, float* y, int64_t y_stride,
-                   size_t number) {
-    const float* planes = terms_of<W>(layer, x, stride, count, number);
+                   float* planes) {
+    fill_terms<W>(layer, x, stride, count, planes);
     for (int64_t m = 0; m < count; ++m) project<W>(layer, planes, m, y + m * y_stride);
 }
 
-// From the gradient of mesh m's output: adds to grad, and fills the planes of the input gradient where wanted.
+// From the gradient of mesh m's output: adds to grad and fills the planes of the input gradient, each where wanted.
 template <int W>
 void mesh_backward(const Layer& layer, const float* planes, const float* grad_y, const float* y, int64_t m, float* grad,
                    float* input_planes) {
     const Graph& graph = *layer.graph;
     const int64_t size = layer.terms * graph.kept * W;
     float* g = scratch.get(kGradient, graph.kept * layer.wide());
-    gather_gradient(layer, grad_y, y, g, grad + layer.terms * layer.in * layer.wide());
+    float* grad_bias = grad ? grad + layer.terms * layer.in * layer.wide() : scratch.get(kUnwanted, layer.wide());
+    gather_gradient(layer, grad_y, y, g, grad_bias);
     for (int64_t block = 0; block < layer.blocks(); ++block) {
-        add_weight_gradient<W>(layer, planes + block * size, g, m, block, grad);
+        if (grad) add_weight_gradient<W>(layer, planes + block * size, g, m, block, grad);
         if (input_planes) spread<W>(layer, g, m, block, input_planes + block * size);
     }
 }
@@ -330,9 +330,9 @@ void layer_backward(const Layer& layer, const float* x, int64_t count, const flo
                     float* grad_x, float* grad) {
     const Graph& graph = *layer.graph;
     const int64_t stride = graph.n * layer.in, out = graph.kept * layer.out;
-    const float* planes = terms_of<W>(layer, x, stride, count, kTerms0);
-    float* input_planes =
-        grad_x ? scratch.get(kSpread, layer.blocks() * layer.terms * graph.kept * W) : nullptr;
+    float* planes = scratch.get(kTerms0, layer.planes(W));
+    fill_terms<W>(layer, x, stride, count, planes);
+    float* input_planes = grad_x ? scratch.get(kSpread, layer.planes(W)) : nullptr;
     for (int64_t m = 0; m < count; ++m)
         mesh_backward<W>(layer, planes, grad_y + m * out, y ? y + m * out : nullptr, m, grad, input_planes);
     if (grad_x) input_gradient<W>(layer, input_planes, count, grad_x, stride);
@@ -387,7 +387,8 @@ void flipped_backward(const Layer& flipped, const float* x, int64_t count, const
             masked[i + o] = y && y[i + o] <= 0.0f ? 0.0f : grad_y[i + o];
             grad_bias[o] += masked[i + o];
         }
-    const float* planes = terms_of<W>(flipped, masked, n * out, count, kTerms0);
+    float* planes = scratch.get(kTerms0, flipped.planes(W));
+    fill_terms<W>(flipped, masked, n * out, count, planes);
     for (int64_t m = 0; m < count; ++m) {
         if (grad_x) project<W>(flipped, planes, m, grad_x + m * n * in);
         add_weight_gradient<W>(flipped, planes, gather_input(flipped, x + m * n * in), m, 0, grad);
@@ -403,6 +404,7 @@ struct Encoder {
     const float* bias;    // (codes,)
 
     int64_t size(int64_t l) const { return layers[l].graph->kept * layers[l].out; }
+    int64_t room(int64_t l) const { return round_up(size(l), 16); }  // what follows stays aligned
     int64_t parameters() const {
         int64_t total = codes * (features + 1);
         for (const Layer& layer : layers) total += layer.parameters();
@@ -410,21 +412,57 @@ struct Encoder {
     }
 };
 
-template <int W> void first_layer(const Encoder& e, const float* x, int64_t count, float* y) {
-    const Layer& layer = e.layers[0];
-    layer_forward<W>(layer, x, layer.graph->n * layer.in, count, y, e.size(0), kTerms0);
+// What the backward wants of a forward: every layer's terms and outputs, kept for it or else in scratch, mesh by mesh.
+struct Tape {
+    const Encoder& e;
+    int64_t count;  // of meshes
+    float* kept;    // of this part, or null
+
+    static int64_t per_mesh(const Encoder& e) {
+        int64_t floats = e.room(0);
+        for (size_t l = 1; l < e.layers.size(); ++l) floats += e.room(l) + e.layers[l].planes(16);
+        return floats;
+    }
+    static int64_t before(const Encoder& e, int64_t part, int64_t meshes) {  // floats of parts and meshes before
+        return part * e.layers[0].planes(16) + meshes * per_mesh(e);
+    }
+    template <int W> float* first_terms() const { return kept ? kept : scratch.get(kTerms0, e.layers[0].planes(W)); }
+    float* first_out(int64_t m) const {
+        return (kept ? kept + e.layers[0].planes(16) : scratch.get(kOut0, count * e.room(0))) + m * e.room(0);
+    }
+    float* out(size_t l, int64_t m) const {
+        if (l == 0) return first_out(m);
+        return kept ? place(l, m) : scratch.get(kOut0 + l, e.size(l));
+    }
+    float* terms(size_t l, int64_t m) const {  // of a layer after the first
+        return kept ? place(l, m) + e.room(l) : scratch.get(kTerms0 + l, e.layers[l].planes(16));
+    }
+
+  private:
+    float* place(size_t layer, int64_t m) const {
+        float* to = first_out(count) + m * (per_mesh(e) - e.room(0));
+        for (size_t l = 1; l < layer; ++l) to += e.room(l) + e.layers[l].planes(16);
+        return to;
+    }
+};
+
+template <int W> void first_layer(const Tape& tape, const float* x) {
+    const Layer& layer = tape.e.layers[0];
+    const int64_t stride = layer.graph->n * layer.in;
+    layer_forward<W>(layer, x, stride, tape.count, tape.first_out(0), tape.e.room(0), tape.first_terms<W>());
 }
 
-void encode_part(const Encoder& e, const float* x, int64_t count, float* z) {
-    float* first = scratch.get(kOut0, count * e.size(0));
-    narrow_rows(e.layers[0], count) ? first_layer<4>(e, x, count, first) : first_layer<16>(e, x, count, first);
-    for (int64_t m = 0; m < count; ++m, z += e.codes) {
-        const float* y = first + m * e.size(0);
-        for (size_t l = 1; l < e.layers.size(); ++l) {
-            float* next = scratch.get(kOut0 + l, e.size(l));
-            layer_forward<16>(e.layers[l], y, 0, 1, next, 0, kTerms0 + l);
-            y = next;
-        }
+void other_layers(const Tape& tape, int64_t m) {
+    for (size_t l = 1; l < tape.e.layers.size(); ++l)
+        layer_forward<16>(tape.e.layers[l], tape.out(l - 1, m), 0, 1, tape.out(l, m), 0, tape.terms(l, m));
+}
+
+void encode_part(const Tape& tape, const float* x, float* z) {
+    const Encoder& e = tape.e;
+    narrow_rows(e.layers[0], tape.count) ? first_layer<4>(tape, x) : first_layer<16>(tape, x);
+    for (int64_t m = 0; m < tape.count; ++m, z += e.codes) {
+        other_layers(tape, m);
+        const float* y = tape.out(e.layers.size() - 1, m);
         for (int64_t r = 0; r < e.codes; ++r) {
             const float* w = e.weight + r * e.features;
             v16 sum{};
@@ -438,49 +476,43 @@ void encode_part(const Encoder& e, const float* x, int64_t count, float* z) {
     }
 }
 
-// grad: the parameters of each layer (weight, bias), then of the linear map.
+// grad, where wanted: the parameters of each layer (weight, bias), then of the linear map.
 template <int W>
-void encode_backward_part(const Encoder& e, const float* x, int64_t count, const float* grad_z, float* grad_x,
-                          float* grad) {
+void encode_backward_part(const Tape& tape, const float* x, const float* grad_z, float* grad_x, float* grad) {
+    const Encoder& e = tape.e;
     const Layer& base = e.layers[0];
     const int64_t last = int64_t(e.layers.size()) - 1, stride = base.graph->n * base.in;
-    float* first = scratch.get(kOut0, count * e.size(0));
-    first_layer<W>(e, x, count, first);
-    const float* first_terms = scratch.get(kTerms0, 0);
+    if (!tape.kept) first_layer<W>(tape, x);
     std::vector<float*> grads;
-    for (const Layer& layer : e.layers) grads.push_back(grad), grad += layer.parameters();
-    const int64_t first_planes = base.blocks() * base.terms * base.graph->kept * W;
-    float* first_spread = grad_x ? scratch.get(kGrad0, first_planes) : nullptr;
-    for (int64_t m = 0; m < count; ++m, grad_z += e.codes) {
-        std::vector<const float*> y(e.layers.size());
-        y[0] = first + m * e.size(0);
-        for (int64_t l = 1; l <= last; ++l) {
-            float* next = scratch.get(kOut0 + l, e.size(l));
-            layer_forward<16>(e.layers[l], y[l - 1], 0, 1, next, 0, kTerms0 + l);
-            y[l] = next;
-        }
+    for (const Layer& layer : e.layers) {
+        grads.push_back(grad);
+        if (grad) grad += layer.parameters();
+    }
+    float* first_spread = grad_x ? scratch.get(kGrad0, base.planes(W)) : nullptr;
+    for (int64_t m = 0; m < tape.count; ++m, grad_z += e.codes) {
+        if (!tape.kept) other_layers(tape, m);
         float* g = scratch.get(kGrad0 + last + 1, e.features);
         std::fill(g, g + e.features, 0.0f);
+        const float* code = tape.out(last, m);
         for (int64_t r = 0; r < e.codes; ++r) {
-            const float *w = e.weight + r * e.features, *code = y[last];
-            float* to = grad + r * e.features;
+            const float* w = e.weight + r * e.features;
             const float value = grad_z[r];
-            for (int64_t c = 0; c < e.features; ++c) {
-                g[c] += value * w[c];
-                to[c] += value * code[c];
-            }
+            for (int64_t c = 0; c < e.features; ++c) g[c] += value * w[c];
+            if (!grad) continue;
+            float* to = grad + r * e.features;
+            for (int64_t c = 0; c < e.features; ++c) to[c] += value * code[c];
             grad[e.codes * e.features + r] += value;
         }
         for (int64_t l = last; l > 0; --l) {
             const Layer& layer = e.layers[l];
-            float* planes = scratch.get(kSpread, layer.blocks() * layer.terms * layer.graph->kept * 16);
-            mesh_backward<16>(layer, scratch.get(kTerms0 + l, 0), g, y[l], 0, grads[l], planes);
+            float* planes = scratch.get(kSpread, layer.planes(16));
+            mesh_backward<16>(layer, tape.terms(l, m), g, tape.out(l, m), 0, grads[l], planes);
             g = scratch.get(kGrad0 + l, layer.graph->n * layer.in);
             input_gradient<16>(layer, planes, 1, g, 0);
         }
-        mesh_backward<W>(base, first_terms, g, y[0], m, grads[0], first_spread);
+        mesh_backward<W>(base, tape.first_terms<W>(), g, tape.first_out(m), m, grads[0], first_spread);
     }
-    if (grad_x) input_gradient<W>(base, first_spread, count, grad_x, stride);
+    if (grad_x) input_gradient<W>(base, first_spread, tape.count, grad_x, stride);
 }
 
 }  // namespace
@@ -524,7 +556,8 @@ int32_t cheb_forward(const void* graph, int64_t batch, int64_t terms, int64_t in
         return !run(split.parts, threads, [&](int64_t part) {
             const int64_t first = split.first(part), count = split.count(part);
             const auto forward = narrow_rows(layer, count) ? layer_forward<4> : layer_forward<16>;
-            forward(layer, x + first * x_stride, x_stride, count, y + first * y_stride, y_stride, kTerms0);
+            float* planes = scratch.get(kTerms0, layer.planes(16));
+            forward(layer, x + first * x_stride, x_stride, count, y + first * y_stride, y_stride, planes);
         });
     } catch (const std::bad_alloc&) {
         return 1;
@@ -608,48 +641,63 @@ Encoder encoder_of(const EncoderCall& call, bool backward) {
     return e;
 }
 
-double work_of(const Encoder& e) {
+struct Division {
+    Split split;
+    int64_t threads;
+};
+
+// Forward and backward divide a batch alike: what one saves is where the other looks for it.
+Division division_of(const EncoderCall& call, const Encoder& e) {
     double work = 0;
     for (const Layer& layer : e.layers) work += work_of(layer);
-    return work;
+    const int64_t threads = useful(call.threads, work * double(call.batch));
+    return {Split(call.batch, e.layers[0].meshes(), threads), threads};
 }
 
 }  // namespace
 
 extern "C" {
 
-// -> z (batch, codes)
-int32_t cheb_encode(const EncoderCall* call, float* z) {
+// How many floats `saved` has.
+int64_t cheb_encode_saved(const EncoderCall* call) {
+    const Encoder e = encoder_of(*call, false);
+    return Tape::before(e, division_of(*call, e).split.parts, call->batch);
+}
+
+// -> z (batch, codes), and for the backward, where not null, saved
+int32_t cheb_encode(const EncoderCall* call, float* z, float* saved) {
     try {
         const Encoder e = encoder_of(*call, false);
-        const int64_t threads = useful(call->threads, work_of(e) * double(call->batch));
-        const Split split(call->batch, e.layers[0].meshes(), threads);
+        const auto [split, threads] = division_of(*call, e);
         const int64_t stride = e.layers[0].graph->n * e.layers[0].in;
-        return !run(split.parts, threads, [&](int64_t part) {
+        return !run(split.parts, threads, [&, split = split](int64_t part) {
             const int64_t first = split.first(part);
-            encode_part(e, call->x + first * stride, split.count(part), z + first * e.codes);
+            const Tape tape{e, split.count(part), saved ? saved + Tape::before(e, part, first) : nullptr};
+            encode_part(tape, call->x + first * stride, z + first * e.codes);
         });
     } catch (const std::bad_alloc&) {
         return 1;
     }
 }
 
-// grad_z (batch, codes) -> grad_x (null where not wanted), and into grads: weight and bias of each layer, then of the
-// linear map
-int32_t cheb_encode_backward(const EncoderCall* call, const float* grad_z, float* grad_x, float* const* grads) {
+// grad_z (batch, codes), saved (null: made anew) -> grad_x (null where not wanted), and into grads (null where not
+// wanted): weight and bias of each layer, then of the linear map
+int32_t cheb_encode_backward(const EncoderCall* call, const float* grad_z, float* saved, float* grad_x,
+                             float* const* grads) {
     try {
         const Encoder e = encoder_of(*call, true);
-        const int64_t threads = useful(call->threads, 3 * work_of(e) * double(call->batch));
-        const Split split(call->batch, e.layers[0].meshes(), threads);
-        const int64_t stride = e.layers[0].graph->n * e.layers[0].in, size = e.parameters();
+        const auto [split, threads] = division_of(*call, e);
+        const int64_t stride = e.layers[0].graph->n * e.layers[0].in, size = grads ? e.parameters() : 0;
         std::vector<float> partial(std::max<int64_t>(1, split.parts) * size);
-        const bool done = run(split.parts, threads, [&](int64_t part) {
+        const bool done = run(split.parts, threads, [&, split = split](int64_t part) {
             const int64_t first = split.first(part), count = split.count(part);
+            const Tape tape{e, count, saved ? saved + Tape::before(e, part, first) : nullptr};
             const auto backward =
                 narrow_rows(e.layers[0], count) ? encode_backward_part<4> : encode_backward_part<16>;
-            backward(e, call->x + first * stride, count, grad_z + first * e.codes,
-                     grad_x ? grad_x + first * stride : nullptr, partial.data() + part * size);
+            backward(tape, call->x + first * stride, grad_z + first * e.codes,
+                     grad_x ? grad_x + first * stride : nullptr, grads ? partial.data() + part * size : nullptr);
         });
+        if (!grads) return !done;
         std::vector<float> total(size);
         add_up(partial, split.parts, size, total.data());
         const float* from = total.data();

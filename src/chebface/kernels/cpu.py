@@ -26,6 +26,7 @@ from chebface.kernels.graph import Graph
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _MAX_LAYERS = 15  # scratch numbers in cpu.cpp
 _MAX_VERTICES = 1 << 28
+_SAVE_MESHES = 16  # of larger batches the backward makes the terms anew: that is faster than memory
 
 
 def available() -> bool:
@@ -209,35 +210,67 @@ def encode(x: torch.Tensor, plan: Plan, *, threads: int | None = None) -> torch.
     """
     library, call = _library(), _begin(x, plan, threads)
     z = x.new_empty((x.shape[0], plan.linear_weight.shape[0]))
-    _check_memory(library.cheb_encode(ctypes.byref(call), z.data_ptr()))
+    _check_memory(library.cheb_encode(ctypes.byref(call), z.data_ptr(), None))
     return z
 
 
+def encode_saving(
+    x: torch.Tensor, plan: Plan, *, threads: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`encode`, and what `encode_backward` wants to know: about 0.6 MB a mesh, or None where making it anew is faster.
+
+    Args, Raises: as `encode`. The number of threads has to be the same in both.
+    """
+    if x.dim() == 3 and x.shape[0] > _SAVE_MESHES:
+        return encode(x, plan, threads=threads), None
+    library, call = _library(), _begin(x, plan, threads)
+    z = x.new_empty((x.shape[0], plan.linear_weight.shape[0]))
+    saved = x.new_empty(library.cheb_encode_saved(ctypes.byref(call)))
+    _check_memory(library.cheb_encode(ctypes.byref(call), z.data_ptr(), saved.data_ptr()))
+    return z, saved
+
+
+Gradients = tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]
+
+
 def encode_backward(
-    grad_z: torch.Tensor, x: torch.Tensor, plan: Plan, need_x: bool, *, threads: int | None = None
-) -> tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    grad_z: torch.Tensor,
+    x: torch.Tensor,
+    plan: Plan,
+    need_x: bool,
+    *,
+    saved: torch.Tensor | None = None,
+    need_weights: bool = True,
+    threads: int | None = None,
+) -> Gradients:
     """The gradients of `encode`.
 
     Args:
         grad_z: (B, codes); x (B, N, C), plan, threads: as in `encode`.
-        need_x: whether the gradient to x is wanted.
+        need_x, need_weights: which gradients are wanted. A frozen encoder needs no weights', training no x's.
+        saved: from `encode_saving` of the same x, plan and threads; made anew where None.
 
     Returns:
-        Gradients to x (B, N, C) or None, to weights, biases, linear_weight and linear_bias, shaped as they are.
+        Gradients to x (B, N, C) or None, to weights, biases, linear_weight and linear_bias, shaped as they are; or
+        empty and None where not wanted.
 
     Raises:
         As `forward`.
     """
     library, call = _library(), _begin(x, plan, threads)
     _check_tensor("grad_z", grad_z, (x.shape[0], plan.linear_weight.shape[0]))
+    if saved is not None:
+        _check_tensor("saved", saved, (library.cheb_encode_saved(ctypes.byref(call)),))
     grad_x = torch.empty_like(x) if need_x else None
+    if not need_weights:
+        addresses = _address(saved), _address(grad_x), None
+        _check_memory(library.cheb_encode_backward(ctypes.byref(call), grad_z.data_ptr(), *addresses))
+        return grad_x, [], [], None, None
     weights, biases = ([torch.empty_like(p) for p in group] for group in (plan.weights, plan.biases))
     linear_weight, linear_bias = torch.empty_like(plan.linear_weight), torch.empty_like(plan.linear_bias)
     grads = [p for pair in zip(weights, biases, strict=True) for p in pair] + [linear_weight, linear_bias]
-    code = library.cheb_encode_backward(
-        ctypes.byref(call), grad_z.data_ptr(), _address(grad_x), _addresses([grad.data_ptr() for grad in grads])
-    )
-    _check_memory(code)
+    addresses = _address(saved), _address(grad_x), _addresses([grad.data_ptr() for grad in grads])
+    _check_memory(library.cheb_encode_backward(ctypes.byref(call), grad_z.data_ptr(), *addresses))
     return grad_x, weights, biases, linear_weight, linear_bias
 
 
@@ -292,8 +325,10 @@ def _library() -> ctypes.CDLL:
     shape: list[Any] = [pointer, *[number] * 4, ctypes.c_int32, number]
     library.cheb_forward.argtypes = [*shape, *[pointer] * 4]
     library.cheb_backward.argtypes = [*shape, *[pointer] * 7]
-    library.cheb_encode.argtypes = [pointer] * 2
-    library.cheb_encode_backward.argtypes = [pointer] * 4
+    library.cheb_encode.argtypes = [pointer] * 3
+    library.cheb_encode_saved.argtypes = [pointer]
+    library.cheb_encode_saved.restype = number
+    library.cheb_encode_backward.argtypes = [pointer] * 5
     library.cheb_graph_new.argtypes = [number, pointer, pointer, number, pointer]
     library.cheb_graph_new.restype = pointer
     library.cheb_graph_free.argtypes = [pointer]
