@@ -116,20 +116,46 @@ def test_encode_takes_one_mesh_or_many_and_numpy(small):
     assert not many.requires_grad and many.shape == (3, 2)
 
 
-def test_encode_in_one_call_is_the_layers_after_each_other(small, monkeypatch):
+def by_layers(call):
+    """What a call of the encoder gives without the one-call kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chebface.kernels.cpu.available", lambda: False)
+        return call()
+
+
+def test_one_call_is_the_layers_after_each_other(small):
     model, batch = make(small), meshes(small)
-    fused = model.encoder.encode(batch)
+    first = model.encoder.encode(batch)
     with torch.no_grad():  # in place, and to other memory: both must be seen
         model.encoder.conv[0].weight.mul_(0.5)
-        torch.testing.assert_close(model.encoder.encode(batch), model.encoder(batch), rtol=1e-5, atol=1e-5)
+        second = model.encoder.encode(batch)
+        torch.testing.assert_close(second, by_layers(lambda: model.encoder(batch)), rtol=1e-5, atol=1e-5)
         model.encoder.conv[1].weight = torch.nn.Parameter(model.encoder.conv[1].weight * 3)
-        torch.testing.assert_close(model.encoder.encode(batch), model.encoder(batch), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(model.encoder.encode(batch), fused)
+        third = model.encoder.encode(batch)
+        torch.testing.assert_close(third, by_layers(lambda: model.encoder(batch)), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(first, second) and not torch.allclose(second, third)
     copied = copy.deepcopy(model)
     torch.testing.assert_close(copied.encoder.encode(batch), model.encoder.encode(batch))
-    monkeypatch.setattr("chebface.kernels.cpu.available", lambda: False)
-    assert torch.equal(model.encoder.encode(batch), model.encoder(batch))
     assert model.double().encoder.encode(batch).dtype == torch.float64
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_call_has_the_gradients_of_the_layers(small, frozen):
+    encoder, batch = make(small).encoder.requires_grad_(not frozen), meshes(small).requires_grad_()
+    wanted = [batch, *(p for p in encoder.parameters() if p.requires_grad)]
+
+    def gradients():
+        return torch.autograd.grad(encoder(batch).square().sum(), wanted)
+
+    for found, right in zip(gradients(), by_layers(gradients), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+    weights_only = torch.autograd.grad(encoder(batch.detach()).sum(), wanted[1:]) if not frozen else ()
+    assert len(weights_only) == len(wanted) - 1
+    code = encoder(batch)
+    with torch.no_grad():
+        encoder.fc.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        code.sum().backward()
 
 
 def test_another_frame_changes_codes_and_no_reconstruction(small):

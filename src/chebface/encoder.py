@@ -124,6 +124,31 @@ class _Mix(torch.autograd.Function):
         return back, None
 
 
+class _Encode(torch.autograd.Function):
+    """The encoder's layers and linear map in one kernel call, and their gradients in another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: cpu.Plan, *parameters: Tensor) -> Tensor:
+        if not any(ctx.needs_input_grad):
+            return cpu.encode(x, plan)
+        code, saved = cpu.encode_saving(x, plan)
+        ctx.plan = plan
+        ctx.save_for_backward(x, saved, *parameters)  # parameters: a step in between is noticed
+        return code
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, saved, *parameters = ctx.saved_tensors
+        need_x, _, *need_weights = ctx.needs_input_grad
+        grad_x, weights, biases, linear_weight, linear_bias = cpu.encode_backward(
+            grad.contiguous(), x, ctx.plan, need_x, saved=saved, need_weights=any(need_weights)
+        )
+        if not any(need_weights):
+            return grad_x, None, *(None for _ in parameters)
+        return grad_x, None, *weights, *biases, linear_weight, linear_bias
+
+
 class MeshEncoder(nn.Module):
     """Meshes to descriptors.
 
@@ -170,9 +195,13 @@ class MeshEncoder(nn.Module):
         return (vertices - self.mean) / self.std
 
     def describe(self, normalized: Tensor) -> Tensor:
-        """Descriptors (B, code) of what `normalize` gave."""
+        """Descriptors (B, code) of what `normalize` gave. On a CPU it is one kernel call."""
+        plan = None if torch.compiler.is_compiling() else self._prepare(normalized)
+        if plan is not None:
+            code: Tensor = _Encode.apply(normalized.contiguous(), plan, *self._parameters_in_order())
+            return code
         features: Tensor = self.conv(normalized)
-        code: Tensor = self.fc(features.flatten(1))
+        code = self.fc(features.flatten(1))
         return code
 
     def forward(self, vertices: Tensor) -> Tensor:
@@ -185,7 +214,7 @@ class MeshEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, vertices: Tensor | np.ndarray) -> Tensor:
-        """As calling it, without gradients, for meshes from outside: they are checked. On a CPU it is one kernel call.
+        """As calling it, without gradients, for meshes from outside: they are checked.
 
         Args:
             vertices: (B, N, 3) or (N, 3) m.
@@ -201,24 +230,27 @@ class MeshEncoder(nn.Module):
             raise InputError("vertices: expected finite numbers, got NaN or infinity; check the mesh")
         if given.ndim == 2:
             return self.encode(given[None])[0]
-        plan = self._prepare()
-        return self(given) if plan is None else cpu.encode(self.normalize(given).contiguous(), plan)
+        return self(given)
 
-    def _prepare(self) -> cpu.Plan | None:
+    def _parameters_in_order(self) -> list[Tensor]:
+        """Weights, then biases, then the linear map's: as the kernels have them."""
+        layers = [layer for layer in self.conv if isinstance(layer, ChebConv)]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return [*(layer.weight for layer in layers), *biases, self.fc.weight, self.fc.bias]
+
+    def _prepare(self, x: Tensor) -> cpu.Plan | None:
         """What the one-call kernel wants to know, where it runs; it sees changes in place, so only moves renew it."""
-        if self.mean.device.type != "cpu" or self.mean.dtype != torch.float32 or not cpu.available():
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not cpu.available():
             return None
-        places = tuple(parameter.data_ptr() for parameter in self.parameters())
+        parameters = self._parameters_in_order()
+        if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in parameters):
+            return None
+        places = tuple(parameter.data_ptr() for parameter in parameters)
         if self._plan is None or self._plan[0] != places:
             layers = [layer for layer in self.conv if isinstance(layer, ChebConv)]
-            plan = cpu.prepare(
-                [layer.graph for layer in layers],
-                [layer.keep for layer in layers],
-                [layer.weight for layer in layers],
-                [layer.bias for layer in layers if layer.bias is not None],
-                self.fc.weight,
-                self.fc.bias,
-            )
+            count = len(layers)
+            graphs, keeps = [layer.graph for layer in layers], [layer.keep for layer in layers]
+            plan = cpu.prepare(graphs, keeps, parameters[:count], parameters[count:-2], *parameters[-2:])
             self._plan = places, plan
         return self._plan[1]
 
