@@ -146,7 +146,7 @@ def _run_plan(which: str, plan: cpu.Plan, x: torch.Tensor, grad: torch.Tensor) -
         return [cpu.encode(x, plan)]
     z, saved = cpu.encode_saving(x, plan)
     grad_x, weights, biases, *linear = cpu.encode_backward(grad, x, plan, True, saved=saved)
-    return [z, *([] if grad_x is None else [grad_x]), *weights, *biases, *linear]
+    return [each for each in (z, grad_x, *weights, *biases, *linear) if each is not None]
 
 
 _CASES = ("encoder", "layer")

@@ -158,7 +158,7 @@ def test_degenerate_and_infinite_triangles_draw_nothing():
 def test_renderers_by_name():
     faces = np.array([[0, 1, 2]])
     assert open_renderer(faces).name == open_renderer(faces, "cpu").name == "cpu"
-    with pytest.raises(ConfigError, match="expected auto or one of cpu, got 'gl'"):
+    with pytest.raises(ConfigError, match="expected auto or one of cpu, nvdiffrast, pytorch3d, got 'gl'"):
         open_renderer(faces, "gl")
 
 

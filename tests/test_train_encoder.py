@@ -15,10 +15,9 @@ from chebface import checkpoint, config, descriptor_report
 from chebface.config import TrainEncoder
 from chebface.data.meshes import Meshes, sample_head
 from chebface.encoder import descriptor_distance
-from chebface.errors import AssetError, ConfigError
+from chebface.errors import AssetError, ConfigError, DivergedError
 from chebface.heads import asset
 from chebface.mesh import write_obj
-from chebface.train import DivergedError
 from chebface.train_encoder import (
     BEST,
     LAST,
@@ -27,7 +26,6 @@ from chebface.train_encoder import (
     encode_all,
     evaluate_encoder,
     frame_of,
-    load_encoder,
     principal_components,
     train_encoder,
     vertex_errors,
@@ -89,7 +87,7 @@ def test_it_learns_and_writes_everything(trained, place, settings):
 
 
 def test_the_card_says_what_it_is(trained, settings):
-    _, card = load_encoder(trained)
+    _, card = checkpoint.load_encoder(trained)
     best = min(
         row["held_out_mm"]["all"]
         for row in map(json.loads, (trained.parent / "log.jsonl").read_text().splitlines())
@@ -104,7 +102,7 @@ def test_the_card_says_what_it_is(trained, settings):
 
 def test_evaluating_gives_what_training_noted(trained):
     found = evaluate_encoder(trained)
-    noted = load_encoder(trained)[1]["held_out"]
+    noted = checkpoint.load_encoder(trained)[1]["held_out"]
     for name in ("mm", "pca_mm", "mean_mm"):
         assert found[name] == pytest.approx(noted[name], abs=1e-3)
     assert found["pca_mm"]["all"] < found["mean_mm"]["all"]
@@ -159,12 +157,12 @@ def test_without_resume_it_begins_again(trained, place, settings):
 )
 def test_frames_change_codes_alone(trained, place, settings, frame, origin, axes):
     path = train_encoder(dataclasses.replace(settings, frame=frame), place / frame)
-    model, card = load_encoder(path)
+    model, card = checkpoint.load_encoder(path)
     everyone = sample_head(asset.load(place / "head.npz"), 24).split(0.25)[0]
     codes = encode_all(model, everyone.vertices)
     assert (codes.mean(0).norm() < 1e-3 * codes.std(0).max() + 1e-4) == origin
     assert torch.allclose(codes.T.cov(), torch.eye(3), atol=1e-2) == axes
-    reference, _ = load_encoder(trained)
+    reference, _ = checkpoint.load_encoder(trained)
     np.testing.assert_allclose(vertex_errors(model, everyone), vertex_errors(reference, everyone), rtol=1e-3)
     assert np.array(card["frame"]["matrix"]).shape == (3, 3)
 
@@ -200,7 +198,7 @@ def test_a_folder_of_registered_meshes(place, settings):
     for name, wanted in (("with", settings), ("without", dataclasses.replace(settings, head=""))):
         path = train_encoder(dataclasses.replace(wanted, epochs=1), place / f"folder-{name}", meshes=folder)
         found = evaluate_encoder(path, meshes=folder)
-        card = load_encoder(path)[1]
+        card = checkpoint.load_encoder(path)[1]
         assert card["data"]["people"] == 6 and (card["head"] is not None) == (name == "with")
         assert ("nose" in found["mm"]) == (name == "with") and found["people"] == 2
         with pytest.raises(AssetError, match="give that folder"):
@@ -278,12 +276,16 @@ def test_a_state_of_other_settings_is_kept(trained, place, settings):
 
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
     (tmp_path / BEST).write_bytes(trained.read_bytes()[:5000])
-    for use in (load_encoder, evaluate_encoder, lambda path: descriptor_report.report(path, tmp_path / "out")):
+    for use in (
+        checkpoint.load_encoder,
+        evaluate_encoder,
+        lambda path: descriptor_report.report(path, tmp_path / "out"),
+    ):
         with pytest.raises(AssetError, match=BEST):
             use(tmp_path / BEST)
     checkpoint.save(tmp_path / BEST, {"w": torch.zeros(2)}, {"kind": "other"})
     with pytest.raises(AssetError, match=r"encoder\.safetensors: not a mesh encoder"):
-        load_encoder(tmp_path / BEST)
+        checkpoint.load_encoder(tmp_path / BEST)
     tensors, card = checkpoint.load(trained)
     checkpoint.save(tmp_path / BEST, tensors, card | {"training": {"pace": 3}})
     with pytest.raises(AssetError, match="card"):
@@ -330,7 +332,7 @@ def test_the_bell_is_a_millimetre_high_and_local():
 
 
 def test_the_shipped_encoder_knows_people(head):
-    model, card = load_encoder()
+    model, card = checkpoint.load_encoder()
     assert card["head"]["sha256"] == head.sha256 and model.weights == 30_056
     people = Meshes(sample_head(head, 12, seed=77).vertices, head.faces, ())
     assert vertex_errors(model, people).mean() < 1.1 * card["held_out"]["mm"]["all"]

@@ -42,6 +42,21 @@ def build_backbone(name: str) -> nn.Module:
     raise ConfigError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
 
 
+def last_blocks(name: str) -> tuple[str, ...]:
+    """How the names of the parameters begin that fine-tuning trains: the last stage and what follows it.
+
+    Source: MICA trains `layer4`, `bn2`, `fc` and `features` of ArcFace; the paper says "the last 3 ResNet blocks",
+    which are those of `layer4`.
+    """
+    if name in _IRESNET_BLOCKS:
+        return ("layer4.", "bn2.", "fc.", "features.")
+    if name == "mobilefacenet":
+        return ("layers.6.", "layers.7.", "conv_sep.", "features.")
+    if name == "light":
+        return ("layers.4.", "layers.5.", "conv_sep.", "features.")
+    raise ConfigError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+
+
 class _IBasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from chebface.arcface import build_backbone
+from chebface.encoder import MeshAutoencoder
 from chebface.errors import AssetError
 from chebface.files import write_whole
 from chebface.regressor import Regressor
 
 FORMAT = 1
 DEMO = Path(__file__).with_name("weights") / "demo.safetensors"
+ENCODER = Path(__file__).with_name("weights") / "encoder.safetensors"
 _CARD = "chebface"  # the header entry that holds the card
 
 
@@ -91,6 +95,59 @@ def load_regressor(path: str | Path | None = None) -> tuple[Regressor, dict[str,
     except (KeyError, RuntimeError) as error:
         raise AssetError(f"checkpoint {path}: not a regressor of this version ({error})") from error
     return model.eval(), card
+
+
+def load_backbone(name: str, path: str | Path) -> nn.Module:
+    """A backbone with published weights.
+
+    Args:
+        name: one of BACKBONES.
+        path: a checkpoint of `arcface_torch` (backbone.pth, a plain state dict) or .safetensors with its names. A .pth
+            is read without running anything in it.
+
+    Returns:
+        As `build_backbone`.
+
+    Raises:
+        ConfigError: unknown name.
+        AssetError: missing, damaged, or the weights of another network.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        backbone = build_backbone(name)
+        known = backbone.state_dict()
+        counters = {key: known[key] for key in known if key.endswith("num_batches_tracked")}  # older files lack them
+        backbone.load_state_dict(counters | dict(weights))
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AssetError(f"backbone weights {path}: not those of {name} ({reason})") from error
+    return backbone
+
+
+def load_encoder(path: str | Path | None = None) -> tuple[MeshAutoencoder, dict[str, Any]]:
+    """Read a mesh autoencoder; its `encoder` makes descriptors.
+
+    Args:
+        path: a .safetensors file with its card, or None for the one of the open head that comes with the package.
+
+    Returns:
+        The autoencoder in eval mode, float32, and its card.
+
+    Raises:
+        AssetError: missing, truncated, damaged, or no mesh autoencoder.
+    """
+    path = ENCODER if path is None else Path(path)
+    tensors, card = load(path)
+    try:
+        return MeshAutoencoder.from_tensors(tensors, card), card
+    except AssetError as error:
+        raise AssetError(f"checkpoint {path}: {error}") from error
 
 
 def check_head(card: dict[str, Any], head: Any) -> None:

@@ -7,74 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from chebface import __version__
-from chebface.errors import ChebfaceError, MissingDependencyError
+from chebface import __version__, cli_now
+from chebface.command import FILE, FOLDER, guarded, json_option, print_json, progress_bar
+from chebface.errors import ChebfaceError
 
 if TYPE_CHECKING:
     from chebface.face import Face
     from chebface.pipeline import Pipeline
 
-INTERRUPTED = 130
-_EXTRAS = {"torch": "torch", "safetensors": "torch", "onnxruntime": "detect", "tomli": "torch"}
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_FILE = click.Path(path_type=Path, dir_okay=False)
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-
-
-def _guarded(run: Callable[..., None]) -> Callable[..., None]:
-    """Turn our errors into one line on stderr and their exit code."""
-
-    @wraps(run)
-    def command(**options: Any) -> None:
-        try:
-            run(**options)
-        except ChebfaceError as error:
-            if options.get("as_json"):
-                _print_json({"ok": False, "error": type(error).__name__, "message": str(error)})
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            extra = _EXTRAS.get(package)
-            if extra is None:
-                raise
-            click.echo(f"error: {package} is not installed: pip install 'chebface[{extra}]'", err=True)
-            sys.exit(MissingDependencyError.exit_code)
-        except OSError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(ChebfaceError.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted; finished work is kept, nothing half-written is left", err=True)
-            sys.exit(INTERRUPTED)
-
-    return command
-
-
-def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
-
-
-def _print_json(content: Any) -> None:
-    click.echo(json.dumps(content))
-
-
-@contextmanager
-def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; gives a function to call with done and total."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @click.group(context_settings=_CONTEXT)
@@ -87,13 +33,13 @@ def main() -> None:
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
 @click.option("--server", metavar="HOST:PORT", help="Use a Triton server (its gRPC port) instead of this process.")
 @click.option("--serve", "serve_here", is_flag=True, help="Start a Triton server for this command, and stop it after.")
-@click.option("--repository", type=_FOLDER, default=Path("triton_models"), help="What --serve serves.")
-@click.option("-o", "--output", type=_FOLDER, default=Path("out"), show_default=True, help="Where results go.")
+@click.option("--repository", type=FOLDER, default=Path("triton_models"), help="What --serve serves.")
+@click.option("-o", "--output", type=FOLDER, default=Path("out"), show_default=True, help="Where results go.")
 @click.option("--all-faces", is_flag=True, help="Every face of a photo, not only the largest.")
 @click.option("--detector", default="auto", show_default=True, help="auto, centerface, or scrfd.")
-@click.option("--weights", type=_FILE, help="A checkpoint; default: the shipped demo weights.")
-@_json_option
-@_guarded
+@click.option("--weights", type=FILE, help="A checkpoint; default: the shipped demo weights.")
+@json_option
+@guarded
 def reconstruct(
     photos: tuple[str, ...],
     server: str | None,
@@ -118,7 +64,7 @@ def reconstruct(
     rows: list[dict[str, Any]] = []
     with (
         _open_pipeline(server, repository if serve_here else None, detector, weights) as pipeline,
-        _progress("reconstructing") as progress,
+        progress_bar("reconstructing") as progress,
     ):
         for done, (photo, folder) in enumerate(zip(photos, folders, strict=True), 1):
             rows.append(_reconstruct_one(pipeline, photo, folder, all_faces))
@@ -127,7 +73,7 @@ def reconstruct(
                 _say(rows[-1])
     failed = [row for row in rows if "error" in row]
     if as_json:
-        _print_json({"ok": not failed, "photos": rows})
+        print_json({"ok": not failed, "photos": rows})
     elif len(photos) > 1:
         click.echo(f"{len(photos) - len(failed)} of {len(photos)} photos reconstructed")
     if failed:
@@ -211,12 +157,12 @@ def _say(row: dict[str, Any]) -> None:
 
 
 @main.command()
-@click.option("--repository", type=_FOLDER, default=Path("triton_models"), show_default=True, help="What to serve.")
+@click.option("--repository", type=FOLDER, default=Path("triton_models"), show_default=True, help="What to serve.")
 @click.option("--grpc-port", type=int, default=8001, show_default=True, help="For Client.")
 @click.option("--http-port", type=int, default=8000, show_default=True, help="For everything else that speaks KServe.")
 @click.option("--metrics-port", type=int, default=8002, show_default=True, help="Prometheus.")
 @click.option("--ngc", is_flag=True, help="Only print the command that serves the same models in NVIDIA's container.")
-@_guarded
+@guarded
 def serve(repository: Path, grpc_port: int, http_port: int, metrics_port: int, ngc: bool) -> None:
     """Serve the models on 127.0.0.1 with the Triton server of the nvidia-pytriton wheel, until Ctrl-C or SIGTERM."""
     from chebface.server import Server, stop_signals
@@ -242,8 +188,8 @@ def head() -> None:
 
 
 @head.command()
-@_json_option
-@_guarded
+@json_option
+@guarded
 def build(as_json: bool) -> None:
     """Make the built-in open head (once; later calls read it from the cache)."""
     from chebface.heads import open_head
@@ -251,7 +197,7 @@ def build(as_json: bool) -> None:
     began = time.monotonic()
     made = open_head()
     if as_json:
-        _print_json({"ok": True, "name": made.name, "version": made.version, "sha256": made.sha256})
+        print_json({"ok": True, "name": made.name, "version": made.version, "sha256": made.sha256})
     else:
         seconds = time.monotonic() - began
         click.echo(f"{made.name} {made.version} ready in {seconds:.1f} s (sha256 {made.sha256[:12]}, {made.licence})")
@@ -260,14 +206,14 @@ def build(as_json: bool) -> None:
 @head.command(name="import")
 @click.argument("model", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--name", required=True, help="What to call it here, for example flame2020.")
-@click.option("--landmarks", type=_FILE, required=True, help="landmark_embedding.npy or .npz, or the static one.")
-@click.option("--contour", type=_FILE, help="flame_dynamic_embedding, when --landmarks is the static one.")
-@click.option("--masks", type=_FILE, help="FLAME_masks.pkl or .npz.")
-@click.option("--texture", type=_FILE, help="FLAME_texture.npz.")
-@click.option("--uv", type=_FILE, help="head_template.obj with texture coordinates.")
+@click.option("--landmarks", type=FILE, required=True, help="landmark_embedding.npy or .npz, or the static one.")
+@click.option("--contour", type=FILE, help="flame_dynamic_embedding, when --landmarks is the static one.")
+@click.option("--masks", type=FILE, help="FLAME_masks.pkl or .npz.")
+@click.option("--texture", type=FILE, help="FLAME_texture.npz.")
+@click.option("--uv", type=FILE, help="head_template.obj with texture coordinates.")
 @click.option("--licence", help="The terms you have it under; default: FLAME's, research only unless 2023 Open.")
 @click.option("--force", is_flag=True, help="Replace a head of this name.")
-@_guarded
+@guarded
 def import_head(
     model: Path,
     name: str,
@@ -297,15 +243,15 @@ def import_head(
 
 
 @head.command(name="list")
-@_json_option
-@_guarded
+@json_option
+@guarded
 def list_heads(as_json: bool) -> None:
     """The heads on this machine."""
     from chebface.heads import store
 
     entries = store.list_heads()
     if as_json:
-        _print_json([{"name": e.name, "path": str(e.path)} | e.header for e in entries])
+        print_json([{"name": e.name, "path": str(e.path)} | e.header for e in entries])
         return
     if not entries:
         click.echo("no heads yet; `chebface head build` makes the open one")
@@ -319,8 +265,8 @@ def list_heads(as_json: bool) -> None:
 
 @head.command()
 @click.argument("name", default="open")
-@click.option("-o", "--output", type=_FILE, default=Path("out/head.png"), show_default=True, help="The picture.")
-@_guarded
+@click.option("-o", "--output", type=FILE, default=Path("out/head.png"), show_default=True, help="The picture.")
+@guarded
 def show(name: str, output: Path) -> None:
     """Draw a contact sheet of a head: views, components, people, expressions."""
     from chebface.files import whole
@@ -336,25 +282,69 @@ def data() -> None:
     """Training data."""
 
 
-_CONFIG = click.option("--config", type=_FILE, help="A TOML file of settings.")
+_CONFIG = click.option("--config", type=FILE, help="A TOML file of settings.")
 _SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="One setting; may be repeated.")
 
 
 @data.command()
-@click.option("-o", "--output", type=_FOLDER, required=True, help="Folder of the dataset.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="Folder of the dataset.")
 @_CONFIG
 @_SET
 @click.option("--workers", type=int, help="Processes; default: one per core.")
-@_guarded
+@guarded
 def synthesize(output: Path, config: Path | None, overrides: tuple[str, ...], workers: int | None) -> None:
     """Make photographs of made-up people whose 486 parameters are known. Interrupted, it goes on where it was."""
     from chebface import config as settings
     from chebface.data import synthetic
 
     wanted = settings.load(settings.Synthesize, config, overrides)
-    with _progress("synthesizing") as progress:
+    with progress_bar("synthesizing") as progress:
         synthetic.synthesize(output, wanted, workers=workers, progress=progress)
     click.echo(f"{output}: {wanted.count} faces")
+
+
+@data.command()
+@click.argument("root", type=FOLDER)
+@click.option("--layout", type=click.Choice(["mica"]), default="mica", show_default=True, help="How ROOT is laid out.")
+@click.option("--name", "names", multiple=True, help="A dataset, as its folder is called; repeatable. Default: all.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="Folder for train/, held-out/ and report.json.")
+@_CONFIG
+@_SET
+@click.option("--workers", type=int, help="Threads; default: one per core.")
+@json_option
+@guarded
+def pack(
+    root: Path,
+    layout: str,
+    names: tuple[str, ...],
+    output: Path,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Pack folders of photographs whose heads are known (ROOT/NAME/...) into shards for training.
+
+    No actor is in both parts. Interrupted, it goes on where it was. What cannot be used is counted here, and named in
+    report.json.
+    """
+    from chebface import config as settings
+    from chebface.data import mica
+
+    wanted = settings.load(settings.Pack, config, overrides)
+    with progress_bar("packing") as progress:
+        chosen = list(names) or mica.find_names(root)
+        report = mica.pack(root, chosen, output, wanted, workers=workers, progress=progress)
+    if as_json:
+        print_json({"ok": True} | report.to_dict())
+        return
+    for part, photos in report.photos.items():
+        click.echo(f"{output / part}: {photos} photos of {report.actors[part]} actors")
+    for kind, count in report.left_out.items():
+        first = next(problem for problem in report.problems if problem.kind == kind)
+        click.echo(f"left out, {kind}: {count} photos; the first: {first.path}: {first.detail}", err=True)
+    if report.problems:
+        click.echo(f"all are named in {output / mica.REPORT}", err=True)
 
 
 @main.group()
@@ -374,15 +364,15 @@ def _show(progress: Callable[[int, int], None], what: str, total: int) -> Callab
 
 
 @train.command()
-@click.option("--data", "dataset", type=_FOLDER, required=True, help="What `chebface data synthesize` wrote.")
-@click.option("-o", "--output", type=_FOLDER, required=True, help="Folder for log, state and weights.")
+@click.option("--data", "dataset", type=FOLDER, required=True, help="What `chebface data synthesize` wrote.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="Folder for log, state and weights.")
 @_CONFIG
 @_SET
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option(
     "--resume/--no-resume", default=True, show_default=True, help="Go on from the state in the output folder."
 )
-@_guarded
+@guarded
 def reconstructor(
     dataset: Path, output: Path, config: Path | None, overrides: tuple[str, ...], device: str, resume: bool
 ) -> None:
@@ -392,29 +382,30 @@ def reconstructor(
 
     wanted = settings.load(settings.TrainReconstructor, config, overrides)
 
-    with _progress("training") as progress:
+    with progress_bar("training") as progress:
         report = _show(progress, "step", wanted.steps)
         path = training.train_reconstructor(wanted, dataset, output, resume=resume, device=device, report=report)
     click.echo(f"{path}: {wanted.steps} steps")
 
 
 @train.command(name="encoder")
-@click.option("--meshes", type=_FOLDER, help="Registered meshes to learn from; default: people sampled from the head.")
-@click.option("-o", "--output", type=_FOLDER, required=True, help="Folder for log, state, weights and error maps.")
+@click.option("--meshes", type=FOLDER, help="Registered meshes to learn from; default: people sampled from the head.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="Folder for log, state, weights and error maps.")
 @_CONFIG
 @_SET
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on from the state in the folder.")
-@_guarded
+@guarded
 def train_mesh_encoder(
     meshes: Path | None, output: Path, config: Path | None, overrides: tuple[str, ...], device: str, resume: bool
 ) -> None:
     """Train the spectral mesh autoencoder, whose encoder is what the 3D-ID loss compares heads by."""
     from chebface import config as settings
-    from chebface.train_encoder import load_encoder, train_encoder
+    from chebface.checkpoint import load_encoder
+    from chebface.train_encoder import train_encoder
 
     wanted = settings.load(settings.TrainEncoder, config, overrides)
-    with _progress("training") as progress:
+    with progress_bar("training") as progress:
         report = _show(progress, "epoch", wanted.epochs)
         path = train_encoder(wanted, output, meshes=meshes, resume=resume, device=device, report=report)
     model, card = load_encoder(path)
@@ -426,18 +417,18 @@ def train_mesh_encoder(
 
 
 @train.command()
-@click.argument("weights", type=_FILE)
-@click.option("--held-out", type=_FOLDER, required=True, help="Synthetic faces of another seed than the training's.")
-@click.option("-o", "--output", type=_FILE, required=True, help="The .safetensors file to write.")
-@_json_option
-@_guarded
+@click.argument("weights", type=FILE)
+@click.option("--held-out", type=FOLDER, required=True, help="Synthetic faces of another seed than the training's.")
+@click.option("-o", "--output", type=FILE, required=True, help="The .safetensors file to write.")
+@json_option
+@guarded
 def publish(weights: Path, held_out: Path, output: Path, as_json: bool) -> None:
     """Write WEIGHTS in float16 for shipping, with their held-out errors in the card."""
-    from chebface import train as training
+    from chebface import held_out as holding
 
-    errors = training.publish(weights, held_out, output)
+    errors = holding.publish(weights, held_out, output)
     if as_json:
-        _print_json(errors)
+        print_json(errors)
     else:
         size = output.stat().st_size / 1e6
         click.echo(f"{output}: {size:.1f} MB, {errors['ratio_face_nonmetrical']:.3f} of the mean head's error")
@@ -449,18 +440,18 @@ def evaluate() -> None:
 
 
 @evaluate.command()
-@click.option("--weights", type=_FILE, help="An encoder checkpoint; default: the shipped one.")
-@click.option("--meshes", type=_FOLDER, help="Registered meshes; default: people sampled from the encoder's head.")
-@click.option("-o", "--output", type=_FOLDER, default=Path("out/encoder"), show_default=True, help="For the report.")
-@_json_option
-@_guarded
+@click.option("--weights", type=FILE, help="An encoder checkpoint; default: the shipped one.")
+@click.option("--meshes", type=FOLDER, help="Registered meshes; default: people sampled from the encoder's head.")
+@click.option("-o", "--output", type=FOLDER, default=Path("out/encoder"), show_default=True, help="For the report.")
+@json_option
+@guarded
 def encoder(weights: Path | None, meshes: Path | None, output: Path, as_json: bool) -> None:
     """What the mesh encoder's code knows: reconstruction, identity, sensitivity; a JSON report with pictures."""
     from chebface.descriptor_report import report
 
     found = report(weights, output, meshes=meshes)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for line in found["findings"]:
         click.echo(line)
@@ -468,17 +459,21 @@ def encoder(weights: Path | None, meshes: Path | None, output: Path, as_json: bo
 
 
 @evaluate.command()
-@click.argument("dataset", type=_FOLDER)
-@click.option("--weights", type=_FILE, help="A checkpoint; default: the shipped demo weights.")
-@_json_option
-@_guarded
+@click.argument("dataset", type=FOLDER)
+@click.option("--weights", type=FILE, help="A checkpoint; default: the shipped demo weights.")
+@json_option
+@guarded
 def synthetic(dataset: Path, weights: Path | None, as_json: bool) -> None:
     """Errors on synthetic faces (DATASET of another seed than the training's), against the mean head's."""
-    from chebface import train as training
+    from chebface import held_out
 
-    row = training.evaluate(weights, dataset)
+    row = held_out.evaluate(weights, dataset)
     if as_json:
-        _print_json(row)
+        print_json(row)
     else:
         for name, value in row.items():
             click.echo(f"{name:28} {value}")
+
+
+for _command in cli_now.COMMANDS:
+    evaluate.add_command(_command)

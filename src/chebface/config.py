@@ -13,6 +13,7 @@ from chebface.errors import ConfigError
 
 C = TypeVar("C")
 ENCODER_FRAMES = ("raw", "centered", "whitened")
+PICTURES = ("auto", "images", "arcface")
 
 
 def _check_positive(config: Any, *names: str) -> None:
@@ -21,46 +22,90 @@ def _check_positive(config: Any, *names: str) -> None:
             raise ConfigError(f"{name}: expected above 0, got {getattr(config, name)}")
 
 
+def _check_quality(jpeg_quality: int) -> None:
+    if not 1 <= jpeg_quality <= 95:
+        raise ConfigError(f"jpeg_quality: expected 1..95, got {jpeg_quality}")
+
+
+# What of the paper each known method keeps; under the settings of a file or of --set.
+PRESETS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "mica": {"lambda_2d": 0.0, "lambda_descriptor": 0.0},  # vertices alone
+    "deca": {"lambda_3d": 0.0},  # the picture alone
+}
+
+
 @dataclass(frozen=True)
 class TrainReconstructor:
-    """Settings of `chebface train reconstructor`. Optimiser, steps, batch and lambdas are the paper's."""
+    """Settings of `chebface train reconstructor`. Optimiser, steps, batch, losses and lambdas are the paper's."""
 
+    preset: str = "ours"
+    # the network
     backbone: str = "iresnet100"
+    backbone_weights: str = ""  # a checkpoint of arcface_torch; "" starts from random numbers
+    trained: str = "last"  # of the backbone: the last blocks, as the paper, or all
     normalize_embedding: bool = False
     skip: bool = False  # a linear path beside the mapping network
     head: str = "open"
+    # the steps
     steps: int = 160_000
-    batch: int = 8
+    batch: int = 8  # actors, over all processes
+    images_per_actor: int = 2
+    accumulate: int = 1  # parts that a batch goes through the network in, for less memory
     optimizer: str = "adamw"  # or muon: Muon for the hidden layers, AdamW for the rest
     learning_rate: float = 1e-5
     muon_learning_rate: float = 0.02
     weight_decay: float = 2e-4
     warmup_steps: int = 0
-    final_learning_rate: float = 1.0  # share of the rates, reached on a cosine at the last step; 1 keeps it constant
+    final_learning_rate: float = 1.0  # share of the rates, reached on a cosine at the last step; 1 keeps them constant
     clip_gradient: float = 10.0  # largest gradient norm
+    # the paper's losses, equations 1 to 3, and DECA's weights within the first
     lambda_2d: float = 0.4
     lambda_3d: float = 0.6
     lambda_vertices: float = 0.5  # the paper's lambda_1
-    # What known parameters of synthetic pairs add to the paper's losses; weights of the mean losses below.
-    weight_reprojection: float = 1.0  # every vertex in the picture, percent of the wide frame
-    weight_pose: float = 10.0  # rotation matrices
-    weight_shape: float = 3.0  # coefficients, each in proportion to how far it moves the vertices
-    weight_texture: float = 0.02
-    weight_camera: float = 0.5
-    weight_light: float = 0.2
-    regularize: float = 1e-4  # shape and expression, squared
+    lambda_descriptor: float = 0.5  # the paper's lambda_2, of the 3D-ID loss
+    weight_landmarks: float = 1.0
+    weight_eyes: float = 1.0
+    weight_lips: float = 0.5
+    weight_photometric: float = 2.0
+    weight_identity: float = 0.2
+    weight_regularizer: float = 1e-4
+    weight_light_color: float = 1.0
+    shape_consistency: bool = True
+    deca_compat: bool = False  # compare unlit pictures with photos, as DECA's released code does
+    truth_mesh: str = "neutral"  # or posed, where every sample has all parameters
+    encoder: str = ""  # a mesh encoder's checkpoint; "" is the shipped one, of the open head
+    recognition: str = ""  # a checkpoint of arcface_torch for the identity loss
+    recognition_backbone: str = "iresnet50"
+    renderer: str = "auto"
+    # what known parameters of synthetic pairs can add; weights of the mean losses below
+    weight_reprojection: float = 0.0  # every vertex in the picture, in [-1, 1]
+    weight_pose: float = 0.0  # rotation matrices
+    weight_shape: float = 0.0  # coefficients, each in proportion to how far it moves the vertices
+    weight_texture: float = 0.0
+    weight_camera: float = 0.0
+    weight_light: float = 0.0
+    # how
     precision: str = "fp32"  # or bf16
+    compile: bool = False  # the network, by torch.compile
     seed: int = 0
     log_every: int = 50
     save_every: int = 500
+    picture_every: int = 0  # steps between pictures for TensorBoard; 0 for none
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        positive = "steps batch learning_rate muon_learning_rate clip_gradient log_every save_every"
-        _check_positive(self, *positive.split())
-        if self.optimizer not in {"adamw", "muon"}:
-            raise ConfigError(f"optimizer: expected adamw or muon, got {self.optimizer!r}")
-        if self.precision not in {"fp32", "bf16"}:
-            raise ConfigError(f"precision: expected fp32 or bf16, got {self.precision!r}")
+        positive = "steps batch images_per_actor accumulate learning_rate muon_learning_rate clip_gradient log_every"
+        _check_positive(self, *positive.split(), "save_every")
+        for name, values in (
+            ("preset", tuple(PRESETS)),
+            ("trained", ("last", "all")),
+            ("optimizer", ("adamw", "muon")),
+            ("truth_mesh", ("neutral", "posed")),
+            ("precision", ("fp32", "bf16")),
+        ):
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name}: expected {' or '.join(values)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -111,6 +156,7 @@ class Synthesize:
     count: int = 50_000
     shard: int = 2_000
     seed: int = 0
+    images_per_actor: int = 1  # photographs of one person, one after the other
     yaw_sd_deg: float = 22.0
     pitch_sd_deg: float = 11.0
     roll_sd_deg: float = 6.0
@@ -120,9 +166,32 @@ class Synthesize:
     jpeg_quality: int = 92
 
     def __post_init__(self) -> None:
-        _check_positive(self, "count", "shard")
-        if not 1 <= self.jpeg_quality <= 95:
-            raise ConfigError(f"jpeg_quality: expected 1..95, got {self.jpeg_quality}")
+        _check_positive(self, "count", "shard", "images_per_actor")
+        _check_quality(self.jpeg_quality)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Settings of `chebface data pack`: how folders of photographs of known heads become shards."""
+
+    head: str = "flame2020"  # whose shape numbers the folders hold
+    # auto: the photograph where it is there, else MICA's crop of it, which is black around the face. images, arcface:
+    # only the one, or only the other.
+    pictures: str = "auto"
+    lists: str = ""  # folder of MICA's image lists, NAME.npy; "" for image_paths beside the datasets, if it is there
+    detector: str = "auto"  # for photographs without landmarks
+    held_out: float = 0.1  # share of the actors; 0 for none
+    seed: int = 0  # of who is held out
+    shard: int = 2_000
+    jpeg_quality: int = 92
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "shard")
+        _check_quality(self.jpeg_quality)
+        if self.pictures not in PICTURES:
+            raise ConfigError(f"pictures: expected one of {', '.join(PICTURES)}, got {self.pictures!r}")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"held_out: expected 0 or above and below 1, got {self.held_out}")
 
 
 def load(kind: type[C], path: str | Path | None = None, overrides: Iterable[str] = ()) -> C:
@@ -131,7 +200,7 @@ def load(kind: type[C], path: str | Path | None = None, overrides: Iterable[str]
     Args:
         kind: one of the dataclasses here.
         path: a TOML file of flat `key = value` lines, or None.
-        overrides: "key=value" texts, applied last.
+        overrides: "key=value" texts, applied last. A `preset` among them comes before everything else.
 
     Raises:
         ConfigError: unreadable file, unknown key, or a value of the wrong type.
@@ -148,7 +217,8 @@ def load(kind: type[C], path: str | Path | None = None, overrides: Iterable[str]
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ConfigError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(hints))}")
-    return kind(**{key: _convert(key, value, hints[key]) for key, value in values.items()})
+    preset = PRESETS.get(str(values.get("preset", "")), {}) if "preset" in hints else {}
+    return kind(**{key: _convert(key, value, hints[key]) for key, value in {**preset, **values}.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:

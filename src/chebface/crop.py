@@ -56,9 +56,11 @@ def invert(matrix: np.ndarray) -> np.ndarray:
         InputError: wrong shape, not finite, or not invertible.
     """
     matrix = _affine(matrix)
-    if abs(np.linalg.det(matrix[:, :2])) < 1e-12:
+    (a, b), (c, d) = matrix[:, :2].tolist()
+    determinant = a * d - b * c
+    if abs(determinant) < 1e-12:
         raise InputError(f"matrix: expected one that can be inverted, got {matrix.tolist()}")
-    linear = np.linalg.inv(matrix[:, :2])
+    linear = np.array([[d, -b], [-c, a]]) / determinant
     return np.column_stack([linear, -linear @ matrix[:, 2]])
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chebface import checkpoint
 from chebface.config import ENCODER_FRAMES
 from chebface.data.meshes import Meshes, sample_head
 from chebface.encoder import MeshAutoencoder, descriptor_distance
@@ -35,7 +36,6 @@ from chebface.train_encoder import (
     encode_all,
     error_map,
     frame_of,
-    load_encoder,
     principal_components,
     recall,
 )
@@ -70,7 +70,7 @@ def report(weights: str | Path | None, output: str | Path, *, meshes: str | Path
         AssetError: weights that cannot be read, meshes that they were not trained on, or a topology without a head.
     """
     output = Path(output)
-    model, card = load_encoder(weights)
+    model, card = checkpoint.load_encoder(weights)
     material = recall(card, meshes)
     head = material.head
     if head is None:

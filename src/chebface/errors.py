@@ -33,6 +33,10 @@ class MissingDependencyError(ChebfaceError, ImportError):
     exit_code = 4
 
 
+class DivergedError(ChebfaceError):
+    """A loss term stopped being a number; what was saved last is intact."""
+
+
 class PhotoError(ChebfaceError, ValueError):
     """A photograph cannot be read or is outside the limits."""
 

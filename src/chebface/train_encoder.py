@@ -26,18 +26,16 @@ from chebface import checkpoint
 from chebface.config import TrainEncoder, to_dict
 from chebface.data.meshes import Meshes, read_folder, sample_head
 from chebface.encoder import WIDTH, MeshAutoencoder
-from chebface.errors import AssetError, ConfigError
+from chebface.errors import AssetError, ConfigError, DivergedError
 from chebface.files import write_whole
 from chebface.heads import Head, open_head
 from chebface.hierarchy import Hierarchy, build, for_head
 from chebface.render import heat
-from chebface.train import DivergedError
 
 STATE = "state.safetensors"  # everything needed to go on
 BEST = "encoder.safetensors"  # the weights with the least held-out error
 LAST = "last.safetensors"
 MAP = "error_map.png"
-SHIPPED = Path(__file__).with_name("weights") / BEST
 MEASURED_BATCH = 64
 
 
@@ -181,26 +179,6 @@ def _finish(output: Path, material: Material) -> Path:
     return path
 
 
-def load_encoder(path: str | Path | None = None) -> tuple[MeshAutoencoder, dict[str, Any]]:
-    """Read a mesh autoencoder; its `encoder` makes descriptors.
-
-    Args:
-        path: a .safetensors file with its card, or None for the one of the open head that comes with the package.
-
-    Returns:
-        The autoencoder in eval mode, float32, and its card.
-
-    Raises:
-        AssetError: missing, truncated, damaged, or no mesh autoencoder.
-    """
-    path = SHIPPED if path is None else Path(path)
-    tensors, card = checkpoint.load(path)
-    try:
-        return MeshAutoencoder.from_tensors(tensors, card), card
-    except AssetError as error:
-        raise AssetError(f"checkpoint {path}: {error}") from error
-
-
 def evaluate_encoder(weights: str | Path | None = None, *, meshes: str | Path | None = None) -> dict[str, Any]:
     """Measure an encoder on the people that its training held out, beside principal components of the same meshes.
 
@@ -216,7 +194,7 @@ def evaluate_encoder(weights: str | Path | None = None, *, meshes: str | Path | 
     Raises:
         AssetError: weights that cannot be read, or meshes that they were not trained on.
     """
-    model, card = load_encoder(weights)
+    model, card = checkpoint.load_encoder(weights)
     return assess(model, recall(card, meshes))[0]
 
 

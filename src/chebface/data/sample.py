@@ -1,10 +1,18 @@
-"""The one sample type, and its shards: plain tar files (webdataset's naming) read at random."""
+"""The one sample type, and its shards: plain tar files (webdataset's naming) read at random.
+
+In a shard, sample 000000 is 000000.jpg, the wide frame, and 000000.npy, float32 numbers one after the other. What the
+numbers are, and whose face it is, stands in 000000.json: `{"actor": "LYHM/00012", "knows": ["shape", "landmarks"]}`.
+Where there is no such file, the numbers are the 486 parameters and 68 landmarks, and the actor is called by the number
+of the sample in the dataset.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,21 +23,27 @@ import numpy as np
 
 from chebface import params
 from chebface.crop import WIDE_MATRIX, WIDE_PX, invert, warp
-from chebface.errors import AssetError
+from chebface.errors import AssetError, InputError
 from chebface.files import whole
 from chebface.signature import CROP_PX, LANDMARKS
 
 INDEX = "shards.json"
 _ALIGN = invert(WIDE_MATRIX)
+_SIZES = {"parameters": params.TOTAL, "shape": params.PARTS["shape"], "landmarks": 2 * LANDMARKS}
+_USUAL: tuple[str, ...] = ("parameters", "landmarks")  # what is known of a synthetic face
+_KNOWLEDGE = [(first, *then) for first in ("parameters", "shape") for then in ((), ("landmarks",))]
+_AGAIN = "delete it and make it again (`chebface data synthesize` or `chebface data pack`)"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One face with everything that is known about it. The mesh follows from parameters and head."""
+    """One photograph of a face with what is known about it. The mesh follows from the numbers and the head."""
 
     wide_u8: np.ndarray  # (224, 224, 3) RGB, the wide frame
-    parameters: np.ndarray  # (486,) float32
-    landmarks_px: np.ndarray  # (68, 2) float32 in the wide frame
+    actor: str  # who it is
+    shape: np.ndarray  # (300,) float32, the identity
+    parameters: np.ndarray | None  # (486,) float32, everything; of synthetic faces only
+    landmarks_px: np.ndarray | None  # (68, 2) float32 in the wide frame
 
     @property
     def aligned_u8(self) -> np.ndarray:
@@ -37,8 +51,31 @@ class Sample:
         return warp(self.wide_u8, _ALIGN, CROP_PX)
 
 
-def write_shard(path: Path, samples: Iterable[Sample], jpeg_quality: int) -> int:
-    """Write samples as `000000.jpg` + `000000.npy` pairs into one tar, whole or not at all.
+def is_held_out(actor: str, share: float, seed: int = 0) -> bool:
+    """Whether an actor belongs to those kept from training: a matter of name and seed, whoever else is there.
+
+    Args:
+        actor: the name.
+        share: of all actors, in [0, 1).
+        seed: another one holds out others.
+
+    Raises:
+        InputError: the share is outside [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise InputError(f"share: expected 0 or above and below 1, got {share}")
+    digest = hashlib.sha256(f"{seed}/{actor}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def write_shard(path: Path, samples: Iterable[Sample], jpeg_quality: int, first: int = 0) -> int:
+    """Write samples into one tar, whole or not at all.
+
+    Args:
+        path: the tar.
+        samples: what to write.
+        jpeg_quality: of the pictures.
+        first: the number of the first sample in its dataset.
 
     Returns:
         how many were written.
@@ -48,38 +85,67 @@ def write_shard(path: Path, samples: Iterable[Sample], jpeg_quality: int) -> int
     count = 0
     with whole(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for count, sample in enumerate(samples, 1):
-            picture = io.BytesIO()
+            picture, array = io.BytesIO(), io.BytesIO()
             Image.fromarray(sample.wide_u8).save(picture, "JPEG", quality=jpeg_quality)
-            numbers = np.concatenate([sample.parameters, sample.landmarks_px.ravel()]).astype("<f4")
-            array = io.BytesIO()
-            np.save(array, numbers, allow_pickle=False)
-            for suffix, blob in (("jpg", picture.getvalue()), ("npy", array.getvalue())):
+            known = _known(sample)
+            np.save(array, np.concatenate([n.ravel() for n in known.values()]).astype("<f4"), allow_pickle=False)
+            blobs = {"jpg": picture.getvalue(), "npy": array.getvalue()}
+            if tuple(known) != _USUAL or sample.actor != str(first + count - 1):
+                blobs["json"] = json.dumps({"actor": sample.actor, "knows": list(known)}).encode()
+            for suffix, blob in blobs.items():
                 entry = tarfile.TarInfo(f"{count - 1:06d}.{suffix}")
                 entry.size = len(blob)
                 tar.addfile(entry, io.BytesIO(blob))
     return count
 
 
+def _known(sample: Sample) -> dict[str, np.ndarray]:
+    known = {"shape": sample.shape} if sample.parameters is None else {"parameters": sample.parameters}
+    return known if sample.landmarks_px is None else known | {"landmarks": sample.landmarks_px}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one sample is: the open file, then offset and size of its picture and of its numbers."""
+
+    handle: int
+    picture: tuple[int, int]
+    numbers: tuple[int, int]
+    knows: tuple[str, ...]
+
+
 class Shards:
     """A folder of shards as one indexable collection of samples. Safe to read from several threads.
 
     Args:
-        folder: holds `*.tar` and shards.json, as `chebface data synthesize` writes them.
+        folder: holds `*.tar` and shards.json, as `chebface data synthesize` and `chebface data pack` write them.
 
     Raises:
-        AssetError: no such folder, no index, or a shard that is missing, truncated or incomplete.
+        AssetError: no such folder, no whole index, or a shard that is missing, truncated or incomplete.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         index = self.folder / INDEX
         if not index.is_file():
-            raise AssetError(f"dataset {folder}: no {INDEX}; `chebface data synthesize -o {folder}` makes it")
-        self.about: dict[str, Any] = json.loads(index.read_text())
-        self._places: list[tuple[int, int, int, int, int]] = []  # file, then offset and size of jpg and npy
+            raise AssetError(
+                f"dataset {folder}: no {INDEX}; `chebface data synthesize -o {folder}` makes a dataset, and so does "
+                "`chebface data pack` of photographs"
+            )
+        self.actors: list[str] = []  # whose face each sample is
+        self._places: list[_Place] = []
         self._files: list[int] = []
-        for name in self.about["shards"]:
-            self._add(self.folder / name)
+        try:
+            self.about: dict[str, Any] = json.loads(index.read_text())
+            names = [str(name) for name in self.about["shards"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise AssetError(f"dataset {folder}: {INDEX} is not a whole index ({error}); make it again") from error
+        try:
+            for name in names:
+                self._add(self.folder / name)
+        except BaseException:
+            self.close()
+            raise
 
     def _add(self, path: Path) -> None:
         try:
@@ -87,31 +153,57 @@ class Shards:
                 members = {entry.name: (entry.offset_data, entry.size) for entry in tar.getmembers()}
             end = max((offset + size for offset, size in members.values()), default=0)
             if path.stat().st_size < end:
-                raise AssetError(f"shard {path}: truncated; delete it and run `chebface data synthesize` again")
+                raise AssetError(f"shard {path}: truncated; {_AGAIN}")
+            handle = os.open(path, os.O_RDONLY)
         except (OSError, tarfile.TarError) as error:
-            raise AssetError(f"shard {path}: {error}; delete it and run `chebface data synthesize` again") from error
-        handle = os.open(path, os.O_RDONLY)
+            raise AssetError(f"shard {path}: {error}; {_AGAIN}") from error
         self._files.append(handle)
         for name, place in sorted(members.items()):
-            if name.endswith(".jpg"):
-                partner = members.get(name[:-3] + "npy")
-                if partner is None:
-                    raise AssetError(f"shard {path}: {name} has no .npy beside it")
-                self._places.append((handle, *place, *partner))
+            stem, _, suffix = name.rpartition(".")
+            if suffix != "jpg":
+                continue
+            partner = members.get(f"{stem}.npy")
+            if partner is None:
+                raise AssetError(f"shard {path}: {name} has no .npy beside it; {_AGAIN}")
+            actor, knows = str(len(self._places)), _USUAL
+            if (facts := members.get(f"{stem}.json")) is not None:
+                actor, knows = _read_facts(os.pread(handle, facts[1], facts[0]), f"shard {path}: {stem}.json")
+            self.actors.append(sys.intern(actor))
+            self._places.append(_Place(handle, place, partner, knows))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
+        """The sample with this number.
+
+        Raises:
+            AssetError: its picture or its numbers are not whole.
+        """
         from PIL import Image
 
-        handle, image_at, image_size, array_at, array_size = self._places[index]
-        with Image.open(io.BytesIO(os.pread(handle, image_size, image_at))) as picture:
-            wide = np.asarray(picture.convert("RGB"))
-        numbers = np.load(io.BytesIO(os.pread(handle, array_size, array_at)), allow_pickle=False)
-        if wide.shape != (WIDE_PX, WIDE_PX, 3) or numbers.shape != (params.TOTAL + 2 * LANDMARKS,):
-            raise AssetError(f"dataset {self.folder}: sample {index} has {wide.shape} and {numbers.shape}")
-        return Sample(wide, numbers[: params.TOTAL], numbers[params.TOTAL :].reshape(LANDMARKS, 2))
+        place = self._places[index]
+        (image_at, image_size), (array_at, array_size) = place.picture, place.numbers
+        try:
+            with Image.open(io.BytesIO(os.pread(place.handle, image_size, image_at)), formats=["JPEG"]) as picture:
+                wide = np.asarray(picture.convert("RGB"))
+            numbers = np.load(io.BytesIO(os.pread(place.handle, array_size, array_at)), allow_pickle=False)
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise AssetError(f"dataset {self.folder}: sample {index} is damaged ({error}); make it again") from error
+        sizes = [_SIZES[name] for name in place.knows]
+        wanted = f"{(WIDE_PX, WIDE_PX, 3)} and {(sum(sizes),)} float32 ({', '.join(place.knows)})"
+        if wide.shape != (WIDE_PX, WIDE_PX, 3) or numbers.shape != (sum(sizes),) or numbers.dtype != np.float32:
+            raise AssetError(
+                f"dataset {self.folder}: sample {index} has a picture {wide.shape} and numbers {numbers.shape} "
+                f"{numbers.dtype}, expected {wanted}; make it again"
+            )
+        if not np.isfinite(numbers).all():
+            raise AssetError(f"dataset {self.folder}: sample {index} has numbers that are not finite; make it again")
+        known = dict(zip(place.knows, np.split(numbers, np.cumsum(sizes)[:-1]), strict=True))
+        parameters, landmarks = known.get("parameters"), known.get("landmarks")
+        shape = known["shape"] if parameters is None else parameters[params.SLICES["shape"]]
+        points = None if landmarks is None else landmarks.reshape(LANDMARKS, 2)
+        return Sample(wide, self.actors[index], shape, parameters, points)
 
     def __enter__(self) -> Shards:
         return self
@@ -124,3 +216,17 @@ class Shards:
         for handle in self._files:
             os.close(handle)
         self._files.clear()
+
+
+def _read_facts(content: bytes, what: str) -> tuple[str, tuple[str, ...]]:
+    """Whose face it is and what is known of it."""
+    try:
+        facts = json.loads(content)
+        actor, knows = facts["actor"], tuple(facts["knows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AssetError(f"{what} is damaged ({error}); {_AGAIN}") from error
+    if not isinstance(actor, str) or knows not in _KNOWLEDGE:
+        raise AssetError(
+            f"{what}: expected an actor's name and knows [shape or parameters, then landmarks or nothing], got {facts}"
+        )
+    return actor, knows

@@ -2,6 +2,8 @@
 
 A face is drawn from the head's own statistics, lit by a few lamps, given hair, clothes, a background, sometimes
 glasses or something in front of it, then degraded as cameras and phones do. Sample i of a seed is always the same.
+With K images per actor, samples i K to i K + K - 1 show one person, who differs in everything but shape and skin; the
+first of them is what a dataset of one image per actor has at that number.
 
 The picture is taken with mild perspective, as a phone would; pose and camera are those of the scaled orthographic
 camera that fits it best, which is what the regressor can know.
@@ -61,8 +63,12 @@ class Painter:
         """Make the samples with these numbers."""
         draws = [np.random.default_rng([self.config.seed, index]) for index in indices]
         parameters = np.stack([self._draw_parameters(rng) for rng in draws])
+        for drawn, index in zip(parameters, indices, strict=True):
+            if again := index % self.config.images_per_actor:
+                self._draw_identity(np.random.default_rng([self.config.seed, index - again]), drawn)
         vertices, landmarks = self._decode(parameters)
-        return [self._take(*each) for each in zip(draws, parameters, vertices, landmarks, strict=True)]
+        actors = [str(index // self.config.images_per_actor) for index in indices]
+        return [self._take(*each) for each in zip(draws, actors, parameters, vertices, landmarks, strict=True)]
 
     def _decode(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch
@@ -73,9 +79,8 @@ class Painter:
 
     def _draw_parameters(self, rng: Generator) -> np.ndarray:
         drawn = np.zeros(params.TOTAL, np.float32)
+        self._draw_identity(rng, drawn)
         parts = params.split(drawn)
-        parts["shape"][:] = np.clip(rng.normal(size=params.PARTS["shape"]), -2.8, 2.8)
-        parts["texture"][:] = np.clip(rng.normal(size=params.PARTS["texture"]), -2.5, 2.5)
         parts["expression"][:] = self._draw_expression(rng)
         wide = rng.random() < 0.15
         yaw, pitch, roll = np.radians(
@@ -86,6 +91,13 @@ class Painter:
             parts["pose"][params.JAW_POSE] = rng.beta(1.2, 3) * 0.35, rng.normal() * 0.02, 0
         parts["light"][:] = _draw_light(rng).ravel()
         return drawn
+
+    @staticmethod
+    def _draw_identity(rng: Generator, parameters: np.ndarray) -> None:
+        """Put a person into parameters (486,): what all photographs of them share."""
+        parts = params.split(parameters)
+        parts["shape"][:] = np.clip(rng.normal(size=params.PARTS["shape"]), -2.8, 2.8)
+        parts["texture"][:] = np.clip(rng.normal(size=params.PARTS["texture"]), -2.5, 2.5)
 
     def _draw_expression(self, rng: Generator) -> np.ndarray:
         expression = np.zeros(params.PARTS["expression"])
@@ -99,7 +111,9 @@ class Painter:
             expression = rng.normal(size=len(expression)) * mood
         return expression
 
-    def _take(self, rng: Generator, parameters: np.ndarray, vertices: np.ndarray, landmarks: np.ndarray) -> Sample:
+    def _take(
+        self, rng: Generator, actor: str, parameters: np.ndarray, vertices: np.ndarray, landmarks: np.ndarray
+    ) -> Sample:
         """One photograph: set up the camera as a detector and crop.py would, then draw."""
         parts = params.split(parameters)
         middle = landmarks[17:].mean(0)
@@ -131,7 +145,7 @@ class Painter:
             return np.hstack([flat, -points[:, 2:]])
 
         picture = self._draw(rng, parts, vertices @ spin.T, place, landmarks_px)
-        return Sample(picture, parameters, landmarks_px.astype(np.float32))
+        return Sample(picture, actor, parts["shape"], parameters, landmarks_px.astype(np.float32))
 
     def _root(self, parameters: np.ndarray) -> np.ndarray:
         parts = params.split(parameters)
@@ -234,7 +248,7 @@ def synthesize(
     head = open_head(config.head)
     about = {"settings": to_dict(config), "head": head.facts}
     plan = folder / "plan.json"
-    if plan.is_file() and json.loads(plan.read_text()) != about:
+    if plan.is_file() and _begun(plan) != about:
         raise AssetError(f"dataset {folder}: was begun with other settings or another head; choose an empty folder")
     _write_json(plan, about)
     Painter(head, config)  # what is missing for it is missed here, not in every process of the pool
@@ -258,6 +272,12 @@ def synthesize(
     return _write_json(folder / INDEX, about | {"count": config.count, "shards": names})
 
 
+def _begun(plan: Path) -> dict:
+    """The plan of a folder; those of earlier versions do not name the settings that came later."""
+    begun = json.loads(plan.read_text())
+    return begun | {"settings": {"images_per_actor": 1} | begun["settings"]}
+
+
 def _be_single_threaded() -> None:
     import torch
 
@@ -269,7 +289,7 @@ def _make_shard(path: Path, config: Synthesize, start: int, count: int) -> int:
     painter = Painter(open_head(config.head), config)
     stop = start + count
     batches = (painter.paint(range(first, min(first + _BATCH, stop))) for first in range(start, stop, _BATCH))
-    return write_shard(path, (sample for batch in batches for sample in batch), config.jpeg_quality)
+    return write_shard(path, (sample for batch in batches for sample in batch), config.jpeg_quality, start)
 
 
 def _write_json(path: Path, content: dict) -> Path:

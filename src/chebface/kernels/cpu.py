@@ -262,15 +262,14 @@ def encode_backward(
     if saved is not None:
         _check_tensor("saved", saved, (library.cheb_encode_saved(ctypes.byref(call)),))
     grad_x = torch.empty_like(x) if need_x else None
+    given = ctypes.byref(call), grad_z.data_ptr(), _address(saved), _address(grad_x)
     if not need_weights:
-        addresses = _address(saved), _address(grad_x), None
-        _check_memory(library.cheb_encode_backward(ctypes.byref(call), grad_z.data_ptr(), *addresses))
+        _check_memory(library.cheb_encode_backward(*given, None))
         return grad_x, [], [], None, None
     weights, biases = ([torch.empty_like(p) for p in group] for group in (plan.weights, plan.biases))
     linear_weight, linear_bias = torch.empty_like(plan.linear_weight), torch.empty_like(plan.linear_bias)
     grads = [p for pair in zip(weights, biases, strict=True) for p in pair] + [linear_weight, linear_bias]
-    addresses = _address(saved), _address(grad_x), _addresses([grad.data_ptr() for grad in grads])
-    _check_memory(library.cheb_encode_backward(ctypes.byref(call), grad_z.data_ptr(), *addresses))
+    _check_memory(library.cheb_encode_backward(*given, _addresses([grad.data_ptr() for grad in grads])))
     return grad_x, weights, biases, linear_weight, linear_bias
 
 

@@ -1,7 +1,8 @@
-"""Plain charts drawn with Pillow, for reports: grouped bars and histograms. No plotting library is needed."""
+"""Plain charts for reports, without a plotting library: bars and histograms drawn with Pillow, curves as SVG."""
 
 from __future__ import annotations
 
+import html
 import math
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
 
 SIZE_PX = (900, 270)
 LEFT, TOP, RIGHT, BOTTOM = 70, 44, 20, 34  # margins, pixels
-COLORS = ((44, 98, 160), (226, 138, 48), (92, 160, 88), (150, 92, 160))
+COLORS = ((44, 98, 160), (226, 138, 48), (92, 160, 88), (150, 92, 160), (190, 60, 62), (110, 110, 110))
 INK, GRID = (40, 40, 40), (224, 224, 224)
+CURVES_PX = (900, 460)
 BINS = 48
 
 
@@ -92,6 +94,58 @@ def histograms(title: str, series: dict[str, np.ndarray], limits: tuple[float, f
     return picture
 
 
+def curves(
+    series: dict[str, np.ndarray], limits: tuple[float, float], x_label: str, y_label: str, most: float = 100.0
+) -> str:
+    """Curves over one axis, as the text of an SVG file.
+
+    Args:
+        series: name to (S,) numbers, at S places evenly from limits[0] to limits[1]; two places at least.
+        limits: the ends of the axis.
+        x_label, y_label: what the axes are, with their units.
+        most: the top of the other axis, which begins at 0.
+
+    Raises:
+        InputError: no series, or one of fewer than two numbers or not finite.
+    """
+    if not series:
+        raise InputError("series: expected one at least")
+    width, height = CURVES_PX
+    right, bottom = width - RIGHT, height - BOTTOM - 16
+    across, tall = right - LEFT, bottom - TOP
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="13" fill="{_hex(INK)}">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for tick in _round_ticks(limits[1] - limits[0]):
+        if tick <= limits[1] - limits[0]:
+            x = LEFT + tick / (limits[1] - limits[0]) * across
+            parts.append(f'<path d="M{x:.1f} {TOP}V{bottom}" stroke="{_hex(GRID)}"/>')
+            parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{limits[0] + tick:g}</text>')
+    for tick in (k * most / 5 for k in range(6)):
+        y = bottom - tick / most * tall
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{right}" stroke="{_hex(GRID)}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    middle = (TOP + bottom) / 2
+    parts.append(f'<text x="{LEFT + across / 2}" y="{bottom + 38}" text-anchor="middle">{html.escape(x_label)}</text>')
+    parts.append(
+        f'<text transform="translate(22 {middle}) rotate(-90)" text-anchor="middle">{html.escape(y_label)}</text>'
+    )
+    for row, (name, values) in enumerate(series.items()):
+        if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+            raise InputError(f"{name}: expected two or more finite numbers, got {values.shape}")
+        xs = np.linspace(LEFT, right, len(values))
+        ys = bottom - np.clip(values / most, 0, 1) * tall
+        color = _hex(COLORS[row % len(COLORS)])
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        y = bottom - 14 - 19 * (len(series) - 1 - row)  # where curves that rise from the left leave room
+        parts.append(f'<path d="M{right - 220} {y}h26" stroke="{color}" stroke-width="2"/>')
+        parts.append(f'<text x="{right - 186}" y="{y + 4}">{html.escape(name)}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
 def stack(pictures: list[Image]) -> Image:
     """One picture, these below each other."""
     from PIL import Image as pillow
@@ -117,6 +171,10 @@ def _frame(title: str, names: list[str]) -> tuple[Image, ImageDraw]:
         pen.text((at + 14, 24), name, fill=INK)
         at += 34 + pen.textlength(name)
     return picture, pen
+
+
+def _hex(color: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
 
 
 def _round_ticks(most: float) -> list[float]:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from chebface import native
-from chebface.errors import InputError
-from chebface.render import raster
+from chebface.render import check_batch, raster
 
 
 class CpuRenderer:
@@ -44,11 +43,7 @@ class CpuRenderer:
         Raises:
             InputError: shapes that do not fit together.
         """
-        if points_px.ndim != 3 or points_px.shape[-1] != 3:
-            raise InputError(f"points_px: expected (B, N, 3), got {tuple(points_px.shape)}")
-        if attributes.ndim != 3 or attributes.shape[:2] != points_px.shape[:2]:
-            want = (*points_px.shape[:2], "C")
-            raise InputError(f"attributes: expected {want}, got {tuple(attributes.shape)}")
+        check_batch(points_px, attributes)
         interpolate = _interpolate_reference if native.load(raster._SOURCE) is None else _Interpolate.apply
         images, masks = [], []
         for points, values in zip(points_px, attributes, strict=True):
