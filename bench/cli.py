@@ -58,6 +58,29 @@ def rendering(seconds: float, as_json: bool, output: Path | None) -> None:
 
 @main.command()
 @_common
+@click.option(
+    "--official",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Checkout of the official evaluation, installed as its README says.",
+)
+@click.option("--official-python", default="python", show_default=True, help="The interpreter that it runs in.")
+@click.option(
+    "--assets",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of FLAME Open and real scans; else the built-in head.",
+)
+def now(
+    seconds: float, as_json: bool, output: Path | None, official: Path, official_python: str, assets: Path | None
+) -> None:
+    """The NoW protocol against the benchmark's official code: numbers and time of every pair."""
+    from bench.now import measure
+
+    _report(lambda: measure(official, official_python, assets), as_json, output)
+
+
+@main.command()
+@_common
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 8, 64), show_default=True, help="Repeat it.")
 def kernels(seconds: float, as_json: bool, output: Path | None, batches: tuple[int, ...]) -> None:
     """The Chebyshev kernels on the CPU against torch-geometric."""

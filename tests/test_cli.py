@@ -166,7 +166,9 @@ def test_data_and_training_commands(run, tmp_path):
     data = tmp_path / "data"
     made = run("data", "synthesize", "-o", data, "--workers", 1, "--set", f"head={head}", "--set", "count=8")
     assert made.exit_code == 0, made.output
-    (tmp_path / "c.toml").write_text('backbone = "light"\nsteps = 2\nbatch = 4\nlog_every = 1\nsave_every = 1\n')
+    settings = {"backbone": '"light"', "preset": '"mica"', "steps": 2, "batch": 4, "images_per_actor": 1}
+    settings |= {"log_every": 1, "save_every": 1}
+    (tmp_path / "c.toml").write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
     common = ("--data", data, "-o", tmp_path / "run", "--config", tmp_path / "c.toml", "--set", f"head={head}")
     trained = run("train", "reconstructor", *common)
     assert trained.exit_code == 0, trained.output

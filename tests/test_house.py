@@ -20,7 +20,7 @@ LAYERS = [
     {"cli_now"},
     {"descriptor_report"},
     {"train_encoder", "train"},
-    {"objective", "held_out", "reconstruct", "server", "client", "leaf"},
+    {"objective", "held_out", "snapshot", "reconstruct", "server", "client", "leaf"},
     {"repository", "wheel", "now"},
     {"pipeline", "data"},
     {"checkpoint", "losses", "optimizer"},

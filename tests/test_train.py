@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from heads_for_tests import make_head
@@ -16,7 +17,7 @@ from chebface import checkpoint, train
 from chebface.arcface import build_backbone, last_blocks
 from chebface.config import Synthesize, TrainReconstructor, load
 from chebface.data.synthetic import synthesize
-from chebface.errors import AssetError, ConfigError
+from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.heads import asset
 
 
@@ -86,6 +87,27 @@ def test_the_log_shows_every_term_and_its_pull(head_file, pairs, tmp_path):
     row = rows_of(tmp_path)[-1]
     for name in ("vertices", "landmarks", "eyes", "lips", "photometric", "regular_light"):
         assert row[name] > 0 and row[f"gradient_{name}"] > 0
+
+
+def test_pictures_are_drawn_and_change_nothing(head_file, pairs, tmp_path):
+    from PIL import Image
+
+    plain, drawing = tmp_path / "plain", tmp_path / "drawing"
+    train.train_reconstructor(settings(head_file), pairs, plain)
+    train.train_reconstructor(settings(head_file, picture_every=2), pairs, drawing)
+    assert (plain / train.WEIGHTS).stat().st_size == (drawing / train.WEIGHTS).stat().st_size
+    assert [row["loss"] for row in rows_of(plain)] == [row["loss"] for row in rows_of(drawing)]
+    (picture,) = (drawing / "pictures").iterdir()
+    sheet = np.asarray(Image.open(picture))
+    assert picture.name == "0000002.png" and sheet.shape == (4 * 224, 4 * 224, 3)
+    cells = [sheet[:224, 224 * k : 224 * (k + 1)].astype(float) for k in range(4)]
+    assert np.abs(cells[0] - cells[1]).mean() > 1 and np.abs(cells[2] - cells[3]).mean() > 1
+
+
+def test_tensorboard_is_asked_for_by_name(head_file, pairs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingDependencyError, match="pip install tensorboard"):
+        train.train_reconstructor(settings(head_file, tensorboard=True), pairs, tmp_path)
 
 
 def test_two_processes_are_one(head_file, pairs, tmp_path, frozen_statistics):

@@ -91,8 +91,8 @@ class TrainReconstructor:
     seed: int = 0
     log_every: int = 50
     save_every: int = 500
-    picture_every: int = 0  # steps between pictures for TensorBoard; 0 for none
-    tensorboard: bool = False
+    picture_every: int = 0  # steps between pictures of a few faces; 0 for none
+    tensorboard: bool = False  # scalars and pictures for it, too
 
     def __post_init__(self) -> None:
         positive = "steps batch images_per_actor accumulate learning_rate muon_learning_rate clip_gradient log_every"

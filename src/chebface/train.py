@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chebface import checkpoint, losses
+from chebface import checkpoint, losses, snapshot
 from chebface.arcface import last_blocks
 from chebface.config import TrainReconstructor, to_dict
 from chebface.data.batches import Batch, Batches
 from chebface.data.sample import Shards
-from chebface.errors import AssetError, ConfigError, DivergedError
+from chebface.errors import AssetError, ConfigError, DivergedError, MissingDependencyError
+from chebface.files import whole
 from chebface.heads import Head, open_head
 from chebface.native import keep_freed_memory
 from chebface.objective import Objective, weights_of
@@ -114,15 +116,18 @@ def train_reconstructor(
             start,
             config.steps,
             images_per_actor=config.images_per_actor,
-            wide=objective.wants_pictures,
+            wide=objective.wants_pictures or config.picture_every > 0,
             rank=place.rank,
             world=place.world,
         )
         steps = _Steps(config, place, model, objective, optimizers)
         card = _card(config, head, shards)
         with _Log(output / LOG, config, place, report) as log:
-            for step, batch in enumerate(batches, start):
-                log.note(step, steps.run(step, batch.to(place.device)), len(batch) * place.world)
+            for step, loaded in enumerate(batches, start):
+                batch = loaded.to(place.device)
+                log.note(step, steps.run(step, batch), len(batch) * place.world)
+                if config.picture_every and (step + 1) % config.picture_every == 0 and place.leads:
+                    log.show(step, steps.snapshot(batch))
                 if place.leads and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
                     _save_state(output / STATE, model, optimizers, step + 1, config)
                     checkpoint.save(output / WEIGHTS, model.state_dict(), card | {"steps_done": step + 1})
@@ -229,6 +234,13 @@ class _Steps:
         pull = {f"gradient_{name}": value for name, value in norms.items()}
         return {"loss": sums.pop("loss"), "gradient": norm, **sums, **pull}
 
+    @torch.no_grad()
+    def snapshot(self, batch: Batch) -> np.ndarray:
+        """A picture of the first faces of a batch; the network is as it was afterwards."""
+        self.model.eval()
+        predicted = self.model(normalize_crop(batch.crop[: snapshot.ROWS]).to(memory_format=torch.channels_last))
+        return snapshot.draw(self.objective.flame, predicted, batch)
+
     def _predict(self, batch: Batch) -> Tensor:
         half = self.config.precision == "bf16"
         with torch.autocast(self.place.device.type, torch.bfloat16, enabled=half):
@@ -246,7 +258,7 @@ def _set_mode(model: Regressor) -> None:
 
 
 class _Log:
-    """log.jsonl, the caller's report and TensorBoard, every `log_every` steps; written by the first process."""
+    """log.jsonl, pictures, the caller's report and TensorBoard; written by the first process."""
 
     def __init__(
         self,
@@ -259,11 +271,14 @@ class _Log:
         self.began, self.seen = time.monotonic(), 0
 
     def __enter__(self) -> _Log:
+        self.board = _open_board(self.path.parent) if self.config.tensorboard and self.place.leads else None
         self.file = open(self.path if self.place.leads else os.devnull, "a")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+        if self.board:
+            self.board.close()
 
     def note(self, step: int, numbers: dict[str, Any], faces: int) -> None:
         """Take in the numbers of a step (0 is the first)."""
@@ -277,8 +292,32 @@ class _Log:
         if self.place.leads:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
+            if self.board:
+                for name, value in row.items():
+                    self.board.add_scalar(name, value, step + 1)
             if self.report:
                 self.report(step + 1, row)
+
+    def show(self, step: int, picture_u8: np.ndarray) -> None:
+        """Keep a picture (H, W, 3) uint8 of a step."""
+        from PIL import Image
+
+        folder = self.path.parent / "pictures"
+        folder.mkdir(exist_ok=True)
+        with whole(folder / f"{step + 1:07d}.png") as partial:
+            Image.fromarray(picture_u8).save(partial, "PNG")
+        if self.board:
+            self.board.add_image("faces", picture_u8, step + 1, dataformats="HWC")
+
+
+def _open_board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"tensorboard: {error}; pip install tensorboard, or set tensorboard to false"
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _mean_over_ranks(numbers: dict[str, Any], place: Place) -> dict[str, Any]:
