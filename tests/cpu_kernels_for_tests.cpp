@@ -77,8 +77,13 @@ int encoders(const Rows& fine, int32_t n) {
                                biases, t.make(80), t.make(8), t.make(batch * n * 3)};
         float *z = t.make(batch * 8), *gz = t.make(batch * 8), *gx = t.make(batch * n * 3);
         float* grads[] = {t.make(terms * 48), t.make(16), t.make(terms * 80), t.make(5), t.make(80), t.make(8)};
-        failed += cheb_encode(&call, z) + cheb_encode_backward(&call, gz, gx, grads);
-        failed += cheb_encode_backward(&call, gz, nullptr, grads);
+        std::vector<float> room(cheb_encode_saved(&call) + 16);
+        float* saved = reinterpret_cast<float*>(round_up(int64_t(room.data()), 64));
+        for (float* kept : {saved, static_cast<float*>(nullptr)}) {
+            failed += cheb_encode(&call, z, kept) + cheb_encode_backward(&call, gz, kept, gx, grads);
+            failed += cheb_encode_backward(&call, gz, kept, nullptr, grads);
+            failed += cheb_encode_backward(&call, gz, kept, gx, nullptr);
+        }
     }
     for (void* graph : graphs) cheb_graph_free(graph);
     return failed;

@@ -89,7 +89,7 @@ def load_regressor(path: str | Path | None = None) -> tuple[Regressor, dict[str,
     path = DEMO if path is None else Path(path)
     tensors, card = load(path)
     try:
-        model = Regressor(card["backbone"], card["normalize"], card.get("skip", False))
+        model = Regressor(card["backbone"], card["normalize"], card["skip"])
         weights = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         model.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:

@@ -658,7 +658,7 @@ Division division_of(const EncoderCall& call, const Encoder& e) {
 
 extern "C" {
 
-// How many floats `saved` has.
+// How many floats `saved` has; it begins at a multiple of 64 bytes.
 int64_t cheb_encode_saved(const EncoderCall* call) {
     const Encoder e = encoder_of(*call, false);
     return Tape::before(e, division_of(*call, e).split.parts, call->batch);

@@ -1,9 +1,9 @@
 """The Chebyshev kernels on the CPU: cpu.cpp, compiled at first use. One layer, or the whole encoder in one call.
 
-Tensors are contiguous float32 on the CPU. Nothing but the answers is allocated through torch: what lies between is
-in scratch memory of each thread, and the backward computes it again rather than keep it. `threads` is at most so many
-(torch.get_num_threads() by default); small work runs on the caller's thread alone. Every function may be called from
-several threads at once. The same call with the same number of threads gives the same bits.
+Tensors are contiguous float32 on the CPU. Nothing but the answers is allocated through torch: what lies between is in
+scratch memory of each thread; the backward computes it again, unless `encode_saving` kept it. `threads` is at most so
+many (torch.get_num_threads() by default); small work runs on the caller's thread alone. Every function may be called
+from several threads at once. The same call with the same number of threads gives the same bits.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -49,7 +50,7 @@ struct Run {  // rows of one degree, all kept or none
 struct Graph {
     int64_t n, kept;
     std::vector<int32_t> row;      // of each vertex
-    std::vector<float> root;       // of the degree of each vertex
+    std::vector<float> root, inverse_root;  // of the degree of each vertex
     std::vector<int32_t> place;    // slot -> row of the output
     std::vector<Run> runs;
     std::vector<uint16_t> near16;  // eight times the row of each neighbour, where that fits
@@ -69,7 +70,7 @@ void walk(int32_t from, const int32_t* indptr, const int32_t* indices, std::vect
 }
 
 Graph::Graph(int64_t count, const int32_t* indptr, const int32_t* indices, int64_t keep_count, const int32_t* keep)
-    : n(count), kept(keep ? keep_count : count), row(count), root(count) {
+    : n(count), kept(keep ? keep_count : count), row(count), root(count), inverse_root(count) {
     std::vector<int32_t> seen(n, 0), far, vertex;
     vertex.reserve(n);
     for (int32_t v = 0; v < n; ++v) {
@@ -89,7 +90,11 @@ Graph::Graph(int64_t count, const int32_t* indptr, const int32_t* indices, int64
             const bool kp = output[p] >= 0, kq = output[q] >= 0;
             return kp != kq ? kp : degree(p) < degree(q);
         });
-    for (int32_t i = 0; i < n; ++i) row[vertex[i]] = i, root[vertex[i]] = std::sqrt(float(degree(vertex[i])));
+    for (int32_t i = 0; i < n; ++i) {
+        row[vertex[i]] = i;
+        root[vertex[i]] = std::sqrt(float(degree(vertex[i])));
+        inverse_root[vertex[i]] = 1.0f / root[vertex[i]];
+    }
     place.reserve(kept);
     near32.reserve(indptr[n]);
     for (int32_t i = 0; i < n; ++i) {
@@ -105,6 +110,7 @@ Graph::Graph(int64_t count, const int32_t* indptr, const int32_t* indices, int64
     }
     if (n <= 8192) {
         near16.assign(near32.begin(), near32.end());
+        near16.resize(near16.size() + 8);  // what the last row's words may reach
         near32.clear();
     }
 }
@@ -118,17 +124,33 @@ enum Mode {
     kAdd,    // out = factor * sum - out + the plane's rows, scaled
 };
 
+// The neighbours of a row of known degree: two words hold eight indices, which saves loads where a hop is made of them.
+template <class Index, bool PACKED> struct Near {
+    const Index* index;
+    INLINE explicit Near(const Index* near, int) : index(near) {}
+    INLINE size_t operator[](int j) const { return index[j]; }
+};
+template <> struct Near<uint16_t, true> {
+    uint64_t low, high = 0;
+    INLINE explicit Near(const uint16_t* near, int degree) {
+        std::memcpy(&low, near, 8);
+        if (degree > 4) std::memcpy(&high, near + 4, 8);
+    }
+    INLINE size_t operator[](int j) const { return uint16_t((j < 4 ? low : high) >> (16 * (j % 4))); }
+};
+
 template <int W, class Index, int D, bool FIRST, Mode MODE>
 INLINE void hop_rows(const Run& run, const Index* near, const float* in, float* out, float* plane, float times) {
     typedef typename Lanes<W>::V V;
     const float factor = -times * run.inverse;
     const int degree = D ? D : run.degree;
     const char* base = reinterpret_cast<const char*>(in);
-    const auto at = [&](int j) -> const V& { return *reinterpret_cast<const V*>(base + size_t(near[j]) * (W / 2)); };
     near += run.near;
     float* io = out + int64_t(run.begin) * W;
     float* kept = MODE == kPlain ? nullptr : plane + int64_t(run.slot) * W;
     for (int32_t i = run.begin; i < run.end; ++i, near += degree, io += W, kept += MODE == kPlain ? 0 : W) {
+        const Near<Index, (D > 0)> around(near, D);
+        const auto at = [&](int j) -> const V& { return *reinterpret_cast<const V*>(base + around[j] * (W / 2)); };
         V a = at(0);
         if (D) {
             if (D > 1) {
@@ -196,13 +218,13 @@ void read_rows(const Graph& graph, const Pack& pack, const float* x, int64_t str
     x += pack.first;
     if (c == W) {
         for (int64_t v = 0; v < graph.n; ++v)
-            row<W>(rows + int64_t(graph.row[v]) * W) = row_at<W>(x + v * all) / graph.root[v];
+            row<W>(rows + int64_t(graph.row[v]) * W) = row_at<W>(x + v * all) * graph.inverse_root[v];
         return;
     }
     // Three channels go four at a time: the fourth lane is overwritten by the next mesh, or of no account.
     for (int64_t v = 0; v < full; ++v) {
         float* to = rows + int64_t(graph.row[v]) * W;
-        const float factor = 1.0f / graph.root[v];
+        const float factor = graph.inverse_root[v];
         if (W > 4 && pack.meshes < 5) row<W>(to) = typename Lanes<W>::V{};
         for (int64_t m = 0; m < pack.meshes; ++m) row_at<4>(to + 3 * m) = row_at<4>(x + m * stride + v * 3) * factor;
     }
@@ -210,7 +232,7 @@ void read_rows(const Graph& graph, const Pack& pack, const float* x, int64_t str
         float* to = rows + int64_t(graph.row[v]) * W;
         row<W>(to) = typename Lanes<W>::V{};
         for (int64_t m = 0; m < pack.meshes; ++m)
-            for (int64_t j = 0; j < c; ++j) to[m * c + j] = x[m * stride + v * all + j] / graph.root[v];
+            for (int64_t j = 0; j < c; ++j) to[m * c + j] = x[m * stride + v * all + j] * graph.inverse_root[v];
     }
 }
 

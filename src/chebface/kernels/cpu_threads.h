@@ -64,6 +64,17 @@ struct Job {
     }
 };
 
+// Looks a while before it sleeps: waking takes longer than a small job. Not long: a neighbour may want the core.
+template <class Ready> void look_for(const Ready& ready) {
+    for (int i = 0; i < 1000 && !ready(); ++i) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+}
+
 class Pool {  // threads that sleep between jobs; one job at a time, others run where they were called
   public:
     static Pool& get() {
@@ -89,8 +100,13 @@ class Pool {  // threads that sleep between jobs; one job at a time, others run 
         }
         job.work();
         if (turn.owns_lock()) {
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+                job_ = nullptr;  // who wakes only now finds nothing and is not waited for
+                seats_ = 0;
+            }
+            look_for([this] { return busy_ == 0; });
             std::unique_lock<std::mutex> lock(mutex_);
-            job_ = nullptr;  // who wakes only now finds nothing and is not waited for
             done_.wait(lock, [this] { return busy_ == 0; });
         }
     }
@@ -99,7 +115,10 @@ class Pool {  // threads that sleep between jobs; one job at a time, others run 
     void serve() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            wake_.wait(lock, [this] { return job_ && seats_ > 0; });
+            lock.unlock();
+            look_for([this] { return seats_ > 0; });
+            lock.lock();
+            wake_.wait(lock, [this] { return seats_ > 0; });
             Job* job = job_;
             --seats_;
             ++busy_;
@@ -113,7 +132,8 @@ class Pool {  // threads that sleep between jobs; one job at a time, others run 
     std::mutex turn_, mutex_;
     std::condition_variable wake_, done_;
     Job* job_ = nullptr;
-    int64_t started_ = 0, seats_ = 0, busy_ = 0;
+    int64_t started_ = 0;
+    std::atomic<int64_t> seats_{0}, busy_{0};  // changed under the mutex; looked at without
 };
 
 // Runs body(item) for every item; false when memory ran out.
