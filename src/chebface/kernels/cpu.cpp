@@ -103,6 +103,7 @@ struct Layer {
     }
 
     void widen() {
+        if (out % 16 == 0 && bias) return;
         wide_bias.assign(wide(), 0.0f);
         if (bias) std::copy(bias, bias + out, wide_bias.begin());
         if (out % 16 == 0) return;
@@ -111,6 +112,7 @@ struct Layer {
             std::copy(weight + i * out, weight + (i + 1) * out, wide_weight.begin() + i * wide());
     }
     const float* weights() const { return out % 16 ? wide_weight.data() : weight; }
+    const float* biases() const { return wide_bias.empty() ? bias : wide_bias.data(); }
 
     void turn() {  // (out, terms, step) where meshes share rows, else (terms, out, in); columns filled up with zeros
         const int64_t columns = turned_columns();
@@ -134,7 +136,7 @@ template <int W, int LANES> void project_lanes(const Layer& layer, const float* 
             constexpr int M = decltype(rows)::value;
             v16 sums[M];
 #pragma GCC unroll 16
-            for (int t = 0; t < M; ++t) sums[t] = load(layer.wide_bias.data() + o);
+            for (int t = 0; t < M; ++t) sums[t] = load(layer.biases() + o);
             for (int64_t b = 0; b < layer.blocks(); ++b)
                 multiply<W, M, LANES>(sums, planes + b * layer.terms * plane + q * W + lane, plane, layer.terms,
                                       layer.pack(1, b).channels, layer.weights() + 16 * b * wide + o, wide,
@@ -631,6 +633,7 @@ namespace {
 
 Encoder encoder_of(const EncoderCall& call, bool backward) {
     Encoder e{{}, call.codes, 0, call.linear_weight, call.linear_bias};
+    e.layers.reserve(call.count);
     for (int64_t l = 0; l < call.count; ++l) {
         e.layers.push_back({static_cast<const Graph*>(call.graphs[l]), call.terms, call.channels[l],
                             call.channels[l + 1], call.weights[l], call.biases[l], true, {}, {}, {}});

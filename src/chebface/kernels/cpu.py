@@ -134,8 +134,10 @@ class Plan:
     linear_bias: torch.Tensor  # (codes,)
     _handles: tuple[_Handle, ...] = field(repr=False)
     _call: _EncoderCall = field(init=False, repr=False)
+    _sizes: tuple[int, int] = field(init=False, repr=False)  # N and C of what goes in
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_sizes", (self.graphs[0].n, self.weights[0].shape[1]))
         channels = [self.weights[0].shape[1], *(weight.shape[2] for weight in self.weights)]
         call = _EncoderCall(
             len(self.weights),
@@ -209,7 +211,7 @@ def encode(x: torch.Tensor, plan: Plan, *, threads: int | None = None) -> torch.
         As `forward`.
     """
     library, call = _library(), _begin(x, plan, threads)
-    z = x.new_empty((x.shape[0], plan.linear_weight.shape[0]))
+    z = x.new_empty((call.batch, call.codes))
     _check_memory(library.cheb_encode(ctypes.byref(call), z.data_ptr(), None))
     return z
 
@@ -224,7 +226,7 @@ def encode_saving(
     if x.dim() == 3 and x.shape[0] > _SAVE_MESHES:
         return encode(x, plan, threads=threads), None
     library, call = _library(), _begin(x, plan, threads)
-    z = x.new_empty((x.shape[0], plan.linear_weight.shape[0]))
+    z = x.new_empty((call.batch, call.codes))
     saved = x.new_empty(library.cheb_encode_saved(ctypes.byref(call)))
     _check_memory(library.cheb_encode(ctypes.byref(call), z.data_ptr(), saved.data_ptr()))
     return z, saved
@@ -258,7 +260,7 @@ def encode_backward(
         As `forward`.
     """
     library, call = _library(), _begin(x, plan, threads)
-    _check_tensor("grad_z", grad_z, (x.shape[0], plan.linear_weight.shape[0]))
+    _check_tensor("grad_z", grad_z, (call.batch, call.codes))
     if saved is not None:
         _check_tensor("saved", saved, (library.cheb_encode_saved(ctypes.byref(call)),))
     grad_x = torch.empty_like(x) if need_x else None
@@ -400,12 +402,12 @@ def _check_parameters(
 
 
 def _begin(x: torch.Tensor, plan: Plan, threads: int | None) -> _EncoderCall:
-    channels = plan.weights[0].shape[1]
-    if x.dim() != 3:
-        raise InputError(f"x: expected (B, {plan.graphs[0].n}, {channels}), got {tuple(x.shape)}")
-    _check_tensor("x", x, (x.shape[0], plan.graphs[0].n, channels))
+    shape = x.shape
+    if len(shape) != 3:
+        raise InputError(f"x: expected (B, {plan._sizes[0]}, {plan._sizes[1]}), got {tuple(shape)}")
+    _check_tensor("x", x, (shape[0], *plan._sizes))
     call = _EncoderCall.from_buffer_copy(plan._call)
-    call.batch, call.threads, call.x = x.shape[0], _threads(threads), x.data_ptr()
+    call.batch, call.threads, call.x = shape[0], _threads(threads), x.data_ptr()
     return call
 
 
