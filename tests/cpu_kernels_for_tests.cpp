@@ -93,7 +93,7 @@ int encoders(const Rows& fine, int32_t n) {
 
 int main() {
     int failed = 0;
-    for (int32_t n : {9, 23, 300, 9000}) {
+    for (int32_t n : {9, 23, 300, 8000, 9000}) {
         const Rows rows(n);
         std::vector<int32_t> keep;
         for (int32_t v = 0; v < n; v += 3) keep.push_back(v);

@@ -147,17 +147,21 @@ def test_what_is_not_finite_spreads_as_defined(bad, shape):
     assert not y[3].isfinite().all() and y[3].isfinite().any() and y[[0, 1, 2, 4]].isfinite().all()
 
 
-@pytest.fixture(scope="module")
-def encoder():
+def make_encoder(sizes, channels=CHANNELS):
     """Graphs, keeps, weights, biases, linear map."""
-    graphs = [make_graph(n) for n in SIZES[:-1]]
+    graphs = [make_graph(n) for n in sizes[:-1]]
     rng = np.random.default_rng(1)
-    keeps = [np.sort(rng.permutation(n)[:m]).astype(np.int32) for n, m in pairwise(SIZES)]
-    shapes = [(TERMS, *pair) for pair in pairwise(CHANNELS)]
+    keeps = [np.sort(rng.permutation(n)[:m]).astype(np.int32) for n, m in pairwise(sizes)]
+    shapes = [(TERMS, *pair) for pair in pairwise(channels)]
     weights = [make_inside(*s, seed=i) / (s[0] * s[1]) ** 0.5 for i, s in enumerate(shapes)]
     biases = [make_inside(s[2], seed=9 + i) * 0.1 for i, s in enumerate(shapes)]
-    features = SIZES[-1] * CHANNELS[-1]
+    features = sizes[-1] * channels[-1]
     return graphs, keeps, weights, biases, make_inside(CODES, features, seed=20) / features**0.5, make_inside(CODES)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return make_encoder(SIZES)
 
 
 def encode_reference(x, graphs, keeps, weights, biases, linear_weight, linear_bias):
@@ -187,6 +191,32 @@ def test_the_encoder_is_its_layers(encoder, batch, threads):
     assert torch.equal(kept[0], grad_x) and all(torch.equal(a, b) for a, b in zip(kept[1], groups[0], strict=True))
     frozen = cpu.encode_backward(grad_z, x, plan, True, saved=saved, need_weights=False, threads=threads)
     assert torch.equal(frozen[0], grad_x) and frozen[1:] == ([], [], None, None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "channels"),
+    [((5000, 1300, 80), (3, 16, 16)), ((9000, 1300, 80), (4, 16, 9)), ((1501, 400, 7), (16, 16, 5))],
+)
+def test_a_team_of_threads_gives_what_one_does(sizes, channels):
+    """One mesh large enough for threads to share it: the same bits, and every time."""
+    made = make_encoder(sizes, channels)
+    plan, x, grad_z = cpu.prepare(*made), make_inside(1, sizes[0], channels[0], seed=3), make_inside(1, CODES)
+    alone = cpu.encode(x, plan, threads=1)
+    graphs, keeps, weights, biases, *linear = made
+    wanted = encode_reference(
+        x.double(),
+        graphs,
+        keeps,
+        [w.double() for w in weights],
+        [b.double() for b in biases],
+        *[t.double() for t in linear],
+    )
+    assert relative(alone, wanted) < FORWARD
+    gradient = cpu.encode_backward(grad_z, x, plan, True, threads=1)[0]
+    for threads in (2, 3) * 20:
+        code, saved = cpu.encode_saving(x, plan, threads=threads)
+        assert torch.equal(code, alone)
+        assert torch.equal(cpu.encode_backward(grad_z, x, plan, True, saved=saved, threads=threads)[0], gradient)
 
 
 def test_an_encoder_of_other_widths(encoder):

@@ -48,12 +48,14 @@ INLINE void multiply(v16 (&sums)[M], const float* rows, int64_t plane, int64_t p
 }
 
 // Runs tile(first, std::integral_constant<rows>) over all rows; the last tile may overlap the one before.
-template <class Tile> INLINE void for_tiles(int64_t count, const Tile& tile) {
-    if (count >= kRows) {
-        for (int64_t q = 0; q + kRows < count; q += kRows) tile(q, std::integral_constant<int, kRows>());
-        tile(count - kRows, std::integral_constant<int, kRows>());
+template <class Tile> INLINE void for_tiles(int64_t count, const Tile& tile, Share share = {}) {
+    int64_t q = share.first(count);
+    const int64_t end = share.last(count);
+    if (end - q >= kRows) {
+        for (; q + kRows < end; q += kRows) tile(q, std::integral_constant<int, kRows>());
+        tile(end - kRows, std::integral_constant<int, kRows>());
     } else {
-        for (int64_t q = 0; q < count; ++q) tile(q, std::integral_constant<int, 1>());
+        for (; q < end; ++q) tile(q, std::integral_constant<int, 1>());
     }
 }
 
@@ -127,7 +129,8 @@ struct Layer {
 };
 
 // y (kept, out) of mesh m of a pack from the planes of all blocks.
-template <int W, int LANES> void project_lanes(const Layer& layer, const float* planes, int64_t m, float* y) {
+template <int W, int LANES>
+void project_lanes(const Layer& layer, const float* planes, int64_t m, float* y, Share share) {
     const Graph& graph = *layer.graph;
     const int64_t plane = graph.kept * W, wide = layer.wide(), lane = layer.packed() ? m * layer.in : 0;
     for (int64_t o = 0; o < layer.out; o += 16) {
@@ -150,14 +153,14 @@ template <int W, int LANES> void project_lanes(const Layer& layer, const float* 
                 else
                     for (int64_t c = 0; c < columns; ++c) to[c] = value[c];
             }
-        });
+        }, share);
     }
 }
 
-template <int W> void project(const Layer& layer, const float* planes, int64_t m, float* y) {
-    layer.in == 3         ? project_lanes<W, 3>(layer, planes, m, y)
-    : layer.in % 16 == 0  ? project_lanes<W, 16>(layer, planes, m, y)
-                          : project_lanes<W, 0>(layer, planes, m, y);
+template <int W> void project(const Layer& layer, const float* planes, int64_t m, float* y, Share share = {}) {
+    layer.in == 3         ? project_lanes<W, 3>(layer, planes, m, y, share)
+    : layer.in % 16 == 0  ? project_lanes<W, 16>(layer, planes, m, y, share)
+                          : project_lanes<W, 0>(layer, planes, m, y, share);
 }
 
 // g (block of 16 outputs, slot, 16) = the gradient before the ReLU, filled up with zeros; its sum goes to grad_bias.
@@ -258,6 +261,7 @@ template <int W> void spread(const Layer& layer, const float* g, int64_t m, int6
 
 // Below so many fused multiply-adds a thread, waking it costs more than it does.
 constexpr double kWorth = 2e6;
+constexpr double kTogether = 1e6;  // the same for a layer of one mesh, whose threads meet at every step
 
 int64_t useful(int64_t threads, double work) { return std::max<int64_t>(1, std::min<int64_t>(threads, work / kWorth)); }
 
@@ -298,6 +302,31 @@ void layer_forward(const Layer& layer, const float* x, int64_t stride, int64_t c
                    float* planes) {
     fill_terms<W>(layer, x, stride, count, planes);
     for (int64_t m = 0; m < count; ++m) project<W>(layer, planes, m, y + m * y_stride);
+}
+
+// The same for one mesh by a team of threads. Shares of a step are begun in order, so whoever waits for the step before
+// waits for work that is being done: no thread is waited for that never came.
+template <int W>
+void layer_together(const Layer& layer, const float* x, float* y, float* planes, int64_t team) {
+    const Graph& graph = *layer.graph;
+    float* rows[2] = {scratch.get(kA, graph.n * W), scratch.get(kB, graph.n * W)};
+    const Pack pack = layer.pack(1, 0);
+    const int64_t shares = 2 * team, steps = layer.terms + 1;
+    std::atomic<int64_t> done{0};
+    run(steps * shares, team, [&](int64_t item) {
+        const int64_t step = item / shares;
+        const Share share{item % shares, shares};
+        wait_for([&] { return done.load(std::memory_order_acquire) >= step * shares; });
+        if (step == 0) {
+            read_rows<W>(graph, pack, x, 0, layer.in, rows[0], share);
+        } else if (step < layer.terms) {
+            if (step == 1) copy_kept<W>(graph, rows[0], planes, share);
+            make_term<W>(graph, step, layer.terms, rows[(step + 1) % 2], rows[step % 2], planes, share);
+        } else {
+            project<W>(layer, planes, 0, y, share);
+        }
+        done.fetch_add(1, std::memory_order_release);
+    });
 }
 
 // From the gradient of mesh m's output: adds to grad and fills the planes of the input gradient, each where wanted.
@@ -419,6 +448,7 @@ struct Tape {
     const Encoder& e;
     int64_t count;  // of meshes
     float* kept;    // of this part, or null
+    int64_t team = 1;  // threads for one mesh
 
     static int64_t per_mesh(const Encoder& e) {
         int64_t floats = e.room(0);
@@ -440,6 +470,10 @@ struct Tape {
         return kept ? place(l, m) + e.room(l) : scratch.get(kTerms0 + l, e.layers[l].planes(16));
     }
 
+    bool worth(const Layer& layer) const {  // whether a team is sooner done
+        return team > 1 && count == 1 && layer.terms > 1 && layer.blocks() == 1 && work_of(layer) > kTogether;
+    }
+
   private:
     float* place(size_t layer, int64_t m) const {
         float* to = first_out(count) + m * (per_mesh(e) - e.room(0));
@@ -451,12 +485,18 @@ struct Tape {
 template <int W> void first_layer(const Tape& tape, const float* x) {
     const Layer& layer = tape.e.layers[0];
     const int64_t stride = layer.graph->n * layer.in;
+    if (tape.worth(layer)) return layer_together<W>(layer, x, tape.first_out(0), tape.first_terms<W>(), tape.team);
     layer_forward<W>(layer, x, stride, tape.count, tape.first_out(0), tape.e.room(0), tape.first_terms<W>());
 }
 
 void other_layers(const Tape& tape, int64_t m) {
-    for (size_t l = 1; l < tape.e.layers.size(); ++l)
-        layer_forward<16>(tape.e.layers[l], tape.out(l - 1, m), 0, 1, tape.out(l, m), 0, tape.terms(l, m));
+    for (size_t l = 1; l < tape.e.layers.size(); ++l) {
+        const Layer& layer = tape.e.layers[l];
+        if (tape.worth(layer))
+            layer_together<16>(layer, tape.out(l - 1, m), tape.out(l, m), tape.terms(l, m), tape.team);
+        else
+            layer_forward<16>(layer, tape.out(l - 1, m), 0, 1, tape.out(l, m), 0, tape.terms(l, m));
+    }
 }
 
 void encode_part(const Tape& tape, const float* x, float* z) {
@@ -675,7 +715,8 @@ int32_t cheb_encode(const EncoderCall* call, float* z, float* saved) {
         const int64_t stride = e.layers[0].graph->n * e.layers[0].in;
         return !run(split.parts, threads, [&, split = split](int64_t part) {
             const int64_t first = split.first(part);
-            const Tape tape{e, split.count(part), saved ? saved + Tape::before(e, part, first) : nullptr};
+            const int64_t team = call->batch == 1 ? call->threads : 1;
+            const Tape tape{e, split.count(part), saved ? saved + Tape::before(e, part, first) : nullptr, team};
             encode_part(tape, call->x + first * stride, z + first * e.codes);
         });
     } catch (const std::bad_alloc&) {

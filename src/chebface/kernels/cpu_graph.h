@@ -53,6 +53,11 @@ struct Graph {
     std::vector<float> root, inverse_root;  // of the degree of each vertex
     std::vector<int32_t> place;    // slot -> row of the output
     std::vector<Run> runs;
+    int64_t run_at(int64_t share, int64_t shares) const {  // the first run of a share of about as many rows as the others
+        const int32_t begin = int32_t(n * share / shares);
+        return std::partition_point(runs.begin(), runs.end(), [&](const Run& r) { return r.begin < begin; }) -
+               runs.begin();
+    }
     std::vector<uint16_t> near16;  // eight times the row of each neighbour, where that fits
     std::vector<uint32_t> near32;
 
@@ -182,9 +187,18 @@ void hop_run(const Run& run, const Index* near, const float* in, float* out, flo
     }
 }
 
+struct Share {  // one of some, of a whole that is worked on together
+    int64_t number = 0, of = 1;
+    int64_t first(int64_t count) const { return count * number / of; }
+    int64_t last(int64_t count) const { return count * (number + 1) / of; }
+};
+
 template <int W, class Index, bool FIRST, Mode MODE>
-void hop_graph(const Graph& graph, const Index* near, const float* in, float* out, float* plane, float times) {
-    for (const Run& run : graph.runs) {
+void hop_graph(const Graph& graph, const Index* near, const float* in, float* out, float* plane, float times,
+               Share share) {
+    const int64_t last = graph.run_at(share.number + 1, share.of);
+    for (int64_t r = graph.run_at(share.number, share.of); r < last; ++r) {
+        const Run& run = graph.runs[r];
         if (run.slot < 0) {
             if (MODE != kOnly) hop_run<W, Index, FIRST, kPlain>(run, near, in, out, plane, times);
         } else {
@@ -194,15 +208,15 @@ void hop_graph(const Graph& graph, const Index* near, const float* in, float* ou
 }
 
 template <int W, Mode MODE>
-void hop(const Graph& graph, bool first, const float* in, float* out, float* plane, float times) {
+void hop(const Graph& graph, bool first, const float* in, float* out, float* plane, float times, Share share = {}) {
     const uint16_t* near16 = graph.near16.data();
     const uint32_t* near32 = graph.near32.data();
     if (graph.near32.empty())
-        first ? hop_graph<W, uint16_t, true, MODE>(graph, near16, in, out, plane, times)
-              : hop_graph<W, uint16_t, false, MODE>(graph, near16, in, out, plane, times);
+        first ? hop_graph<W, uint16_t, true, MODE>(graph, near16, in, out, plane, times, share)
+              : hop_graph<W, uint16_t, false, MODE>(graph, near16, in, out, plane, times, share);
     else
-        first ? hop_graph<W, uint32_t, true, MODE>(graph, near32, in, out, plane, times)
-              : hop_graph<W, uint32_t, false, MODE>(graph, near32, in, out, plane, times);
+        first ? hop_graph<W, uint32_t, true, MODE>(graph, near32, in, out, plane, times, share)
+              : hop_graph<W, uint32_t, false, MODE>(graph, near32, in, out, plane, times, share);
 }
 
 // ---- rows in and out ------------------------------------------------------------------------------------------------
@@ -213,22 +227,24 @@ struct Pack {  // what the lanes of a row are: channels first..first+channels of
 
 // rows = D^-1/2 x; x is (meshes, n, all) with `stride` floats between meshes.
 template <int W>
-void read_rows(const Graph& graph, const Pack& pack, const float* x, int64_t stride, int64_t all, float* rows) {
-    const int64_t c = pack.channels, full = c == 3 ? graph.n - 1 : 0;
+void read_rows(const Graph& graph, const Pack& pack, const float* x, int64_t stride, int64_t all, float* rows,
+               Share share = {}) {
+    const int64_t c = pack.channels, begin = share.first(graph.n), end = share.last(graph.n);
+    const int64_t full = c == 3 ? std::min(end, graph.n - 1) : begin;
     x += pack.first;
     if (c == W) {
-        for (int64_t v = 0; v < graph.n; ++v)
+        for (int64_t v = begin; v < end; ++v)
             row<W>(rows + int64_t(graph.row[v]) * W) = row_at<W>(x + v * all) * graph.inverse_root[v];
         return;
     }
     // Three channels go four at a time: the fourth lane is overwritten by the next mesh, or of no account.
-    for (int64_t v = 0; v < full; ++v) {
+    for (int64_t v = begin; v < full; ++v) {
         float* to = rows + int64_t(graph.row[v]) * W;
         const float factor = graph.inverse_root[v];
         if (W > 4 && pack.meshes < 5) row<W>(to) = typename Lanes<W>::V{};
         for (int64_t m = 0; m < pack.meshes; ++m) row_at<4>(to + 3 * m) = row_at<4>(x + m * stride + v * 3) * factor;
     }
-    for (int64_t v = full; v < graph.n; ++v) {
+    for (int64_t v = full; v < end; ++v) {
         float* to = rows + int64_t(graph.row[v]) * W;
         row<W>(to) = typename Lanes<W>::V{};
         for (int64_t m = 0; m < pack.meshes; ++m)
@@ -258,23 +274,34 @@ void write_rows(const Graph& graph, const Pack& pack, const float* rows, float* 
     }
 }
 
+// plane (slot, lane) = T_0 x at kept vertices, from the rows.
+template <int W> void copy_kept(const Graph& graph, const float* rows, float* plane, Share share = {}) {
+    const int64_t last = graph.run_at(share.number + 1, share.of);
+    for (int64_t r = graph.run_at(share.number, share.of); r < last; ++r) {
+        const Run& run = graph.runs[r];
+        if (run.slot >= 0)
+            for (int32_t i = run.begin; i < run.end; ++i)
+                row<W>(plane + (int64_t(run.slot) + i - run.begin) * W) = row<W>(rows + int64_t(i) * W) * run.root;
+    }
+}
+
+// plane k of planes, from S_{k-1} in `in`; S_k overwrites S_{k-2} in `out`.
+template <int W>
+void make_term(const Graph& graph, int64_t k, int64_t terms, const float* in, float* out, float* planes,
+               Share share = {}) {
+    float* plane = planes + k * graph.kept * W;
+    const float times = k == 1 ? 1.0f : 2.0f;
+    k + 1 < terms ? hop<W, kCopy>(graph, k == 1, in, out, plane, times, share)
+                  : hop<W, kOnly>(graph, k == 1, in, out, plane, times, share);
+}
+
 // planes[k] (slot, lane) = T_k x at kept vertices; a and b are two buffers of n rows.
 template <int W>
 void make_terms(const Graph& graph, const Pack& pack, int64_t terms, const float* x, int64_t stride, int64_t all,
                 float* a, float* b, float* planes) {
-    const int64_t plane = graph.kept * W;
     read_rows<W>(graph, pack, x, stride, all, a);
-    for (const Run& run : graph.runs)
-        if (run.slot >= 0)
-            for (int32_t i = run.begin; i < run.end; ++i)
-                row<W>(planes + (int64_t(run.slot) + i - run.begin) * W) = row<W>(a + int64_t(i) * W) * run.root;
-    for (int64_t k = 1; k < terms; ++k, std::swap(a, b)) {
-        const float times = k == 1 ? 1.0f : 2.0f;
-        if (k + 1 < terms)
-            hop<W, kCopy>(graph, k == 1, a, b, planes + k * plane, times);
-        else
-            hop<W, kOnly>(graph, k == 1, a, b, planes + k * plane, times);
-    }
+    copy_kept<W>(graph, a, planes);
+    for (int64_t k = 1; k < terms; ++k, std::swap(a, b)) make_term<W>(graph, k, terms, a, b, planes);
 }
 
 // sum_k T_k planes[k], planes being zero where nothing is kept; the answer, times D^-1/2, is in the buffer returned.

@@ -64,15 +64,24 @@ struct Job {
     }
 };
 
-// Looks a while before it sleeps: waking takes longer than a small job. Not long: a neighbour may want the core.
-template <class Ready> void look_for(const Ready& ready) {
-    for (int i = 0; i < 1000 && !ready(); ++i) {
+inline void relax() {
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+    __builtin_ia32_pause();
 #elif defined(__aarch64__)
-        asm volatile("yield");
+    asm volatile("yield");
 #endif
-    }
+}
+
+// Looks a while before it sleeps: waking takes longer than a small job. Not long: a neighbour may want the core.
+template <class Ready> bool look_for(const Ready& ready) {
+    for (int i = 0; i < 1000; ++i, relax())
+        if (ready()) return true;
+    return false;
+}
+
+// For what others are about to finish.
+template <class Ready> void wait_for(const Ready& ready) {
+    while (!look_for(ready)) std::this_thread::yield();
 }
 
 class Pool {  // threads that sleep between jobs; one job at a time, others run where they were called
