@@ -304,19 +304,25 @@ void layer_forward(const Layer& layer, const float* x, int64_t stride, int64_t c
     for (int64_t m = 0; m < count; ++m) project<W>(layer, planes, m, y + m * y_stride);
 }
 
-// The same for one mesh by a team of threads. Shares of a step are begun in order, so whoever waits for the step before
-// waits for work that is being done: no thread is waited for that never came.
+// Runs body(step, share) for every share of every step, each step after the one before. Shares are begun in order, so
+// whoever waits for the step before waits for work that is being done: no thread is waited for that never came.
+template <class Body> void run_together(int64_t steps, int64_t team, const Body& body) {
+    const int64_t shares = 2 * team;
+    std::atomic<int64_t> done{0};
+    run(steps * shares, team, [&](int64_t item) {
+        wait_for([&] { return done.load(std::memory_order_acquire) >= item / shares * shares; });
+        body(item / shares, Share{item % shares, shares});
+        done.fetch_add(1, std::memory_order_release);
+    });
+}
+
+// `layer_forward` for one mesh by a team of threads.
 template <int W>
 void layer_together(const Layer& layer, const float* x, float* y, float* planes, int64_t team) {
     const Graph& graph = *layer.graph;
     float* rows[2] = {scratch.get(kA, graph.n * W), scratch.get(kB, graph.n * W)};
     const Pack pack = layer.pack(1, 0);
-    const int64_t shares = 2 * team, steps = layer.terms + 1;
-    std::atomic<int64_t> done{0};
-    run(steps * shares, team, [&](int64_t item) {
-        const int64_t step = item / shares;
-        const Share share{item % shares, shares};
-        wait_for([&] { return done.load(std::memory_order_acquire) >= step * shares; });
+    run_together(layer.terms + 1, team, [&](int64_t step, Share share) {
         if (step == 0) {
             read_rows<W>(graph, pack, x, 0, layer.in, rows[0], share);
         } else if (step < layer.terms) {
@@ -325,7 +331,6 @@ void layer_together(const Layer& layer, const float* x, float* y, float* planes,
         } else {
             project<W>(layer, planes, 0, y, share);
         }
-        done.fetch_add(1, std::memory_order_release);
     });
 }
 
@@ -354,6 +359,22 @@ void input_gradient(const Layer& layer, float* input_planes, int64_t count, floa
         const float* rows = sum_terms<W>(graph, layer.terms, input_planes + block * layer.terms * graph.kept * W, a, b);
         write_rows<W>(graph, pack, rows, grad_x, stride, layer.in);
     }
+}
+
+// The same for one mesh by a team of threads.
+template <int W>
+void input_gradient_together(const Layer& layer, float* input_planes, float* grad_x, int64_t team) {
+    const Graph& graph = *layer.graph;
+    float* rows[2] = {scratch.get(kA, graph.n * W), scratch.get(kB, graph.n * W)};
+    const int64_t terms = layer.terms;
+    run_together(terms + 1, team, [&](int64_t step, Share share) {
+        if (step == 0)
+            spread_kept<W>(graph, input_planes + (terms - 1) * graph.kept * W, rows[0], share);
+        else if (step < terms)
+            add_term<W>(graph, terms - 1 - step, terms, rows[(step + 1) % 2], rows[step % 2], input_planes, share);
+        else
+            write_rows<W>(graph, layer.pack(1, 0), rows[(terms + 1) % 2], grad_x, 0, layer.in, share);
+    });
 }
 
 template <int W>
@@ -550,11 +571,14 @@ void encode_backward_part(const Tape& tape, const float* x, const float* grad_z,
             float* planes = scratch.get(kSpread, layer.planes(16));
             mesh_backward<16>(layer, tape.terms(l, m), g, tape.out(l, m), 0, grads[l], planes);
             g = scratch.get(kGrad0 + l, layer.graph->n * layer.in);
-            input_gradient<16>(layer, planes, 1, g, 0);
+            tape.worth(layer) ? input_gradient_together<16>(layer, planes, g, tape.team)
+                              : input_gradient<16>(layer, planes, 1, g, 0);
         }
         mesh_backward<W>(base, tape.first_terms<W>(), g, tape.first_out(m), m, grads[0], first_spread);
     }
-    if (grad_x) input_gradient<W>(base, first_spread, tape.count, grad_x, stride);
+    if (!grad_x) return;
+    tape.worth(base) ? input_gradient_together<W>(base, first_spread, grad_x, tape.team)
+                     : input_gradient<W>(base, first_spread, tape.count, grad_x, stride);
 }
 
 }  // namespace
@@ -684,6 +708,8 @@ Encoder encoder_of(const EncoderCall& call, bool backward) {
     return e;
 }
 
+int64_t team_of(const EncoderCall& call) { return call.batch == 1 ? call.threads : 1; }
+
 struct Division {
     Split split;
     int64_t threads;
@@ -715,8 +741,7 @@ int32_t cheb_encode(const EncoderCall* call, float* z, float* saved) {
         const int64_t stride = e.layers[0].graph->n * e.layers[0].in;
         return !run(split.parts, threads, [&, split = split](int64_t part) {
             const int64_t first = split.first(part);
-            const int64_t team = call->batch == 1 ? call->threads : 1;
-            const Tape tape{e, split.count(part), saved ? saved + Tape::before(e, part, first) : nullptr, team};
+            const Tape tape{e, split.count(part), saved ? saved + Tape::before(e, part, first) : nullptr, team_of(*call)};
             encode_part(tape, call->x + first * stride, z + first * e.codes);
         });
     } catch (const std::bad_alloc&) {
@@ -735,7 +760,7 @@ int32_t cheb_encode_backward(const EncoderCall* call, const float* grad_z, float
         std::vector<float> partial(std::max<int64_t>(1, split.parts) * size);
         const bool done = run(split.parts, threads, [&, split = split](int64_t part) {
             const int64_t first = split.first(part), count = split.count(part);
-            const Tape tape{e, count, saved ? saved + Tape::before(e, part, first) : nullptr};
+            const Tape tape{e, count, saved ? saved + Tape::before(e, part, first) : nullptr, team_of(*call)};
             const auto backward =
                 narrow_rows(e.layers[0], count) ? encode_backward_part<4> : encode_backward_part<16>;
             backward(tape, call->x + first * stride, grad_z + first * e.codes,

@@ -254,20 +254,22 @@ void read_rows(const Graph& graph, const Pack& pack, const float* x, int64_t str
 
 // x = D^1/2 rows: the way back.
 template <int W>
-void write_rows(const Graph& graph, const Pack& pack, const float* rows, float* x, int64_t stride, int64_t all) {
-    const int64_t c = pack.channels, full = c == 3 ? graph.n - 1 : 0;
+void write_rows(const Graph& graph, const Pack& pack, const float* rows, float* x, int64_t stride, int64_t all,
+                Share share = {}) {
+    const int64_t c = pack.channels, begin = share.first(graph.n), end = share.last(graph.n);
+    const int64_t full = c == 3 ? std::max(begin, end - 1) : begin;
     x += pack.first;
     if (c == W) {
-        for (int64_t v = 0; v < graph.n; ++v)
+        for (int64_t v = begin; v < end; ++v)
             row_at<W>(x + v * all) = row<W>(rows + int64_t(graph.row[v]) * W) * graph.root[v];
         return;
     }
-    for (int64_t v = 0; v < full; ++v) {  // the fourth lane falls on the next vertex, which comes after
+    for (int64_t v = begin; v < full; ++v) {  // the fourth lane falls on the next vertex, which comes after
         const float* from = rows + int64_t(graph.row[v]) * W;
         for (int64_t m = 0; m < pack.meshes; ++m)
             row_at<4>(x + m * stride + v * 3) = row_at<4>(from + 3 * m) * graph.root[v];
     }
-    for (int64_t v = full; v < graph.n; ++v) {
+    for (int64_t v = full; v < end; ++v) {
         const float* from = rows + int64_t(graph.row[v]) * W;
         for (int64_t m = 0; m < pack.meshes; ++m)
             for (int64_t j = 0; j < c; ++j) x[m * stride + v * all + j] = from[m * c + j] * graph.root[v];
@@ -304,18 +306,30 @@ void make_terms(const Graph& graph, const Pack& pack, int64_t terms, const float
     for (int64_t k = 1; k < terms; ++k, std::swap(a, b)) make_term<W>(graph, k, terms, a, b, planes);
 }
 
+// rows = D^-1/2 times the last plane, where kept, and zero elsewhere.
+template <int W> void spread_kept(const Graph& graph, const float* last, float* rows, Share share = {}) {
+    const int64_t end = graph.run_at(share.number + 1, share.of);
+    for (int64_t r = graph.run_at(share.number, share.of); r < end; ++r) {
+        const Run& run = graph.runs[r];
+        for (int32_t i = run.begin; i < run.end; ++i)
+            row<W>(rows + int64_t(i) * W) =
+                run.slot < 0 ? typename Lanes<W>::V{}
+                             : row<W>(last + (int64_t(run.slot) + i - run.begin) * W) * run.inverse_root;
+    }
+}
+
+// One step of Clenshaw's sum, from plane terms - 2 down to plane 0.
+template <int W>
+void add_term(const Graph& graph, int64_t k, int64_t terms, const float* in, float* out, float* planes,
+              Share share = {}) {
+    hop<W, kAdd>(graph, k == terms - 2, in, out, planes + k * graph.kept * W, k == 0 ? 1.0f : 2.0f, share);
+}
+
 // sum_k T_k planes[k], planes being zero where nothing is kept; the answer, times D^-1/2, is in the buffer returned.
 template <int W>
 float* sum_terms(const Graph& graph, int64_t terms, float* planes, float* a, float* b) {
-    const int64_t plane = graph.kept * W;
-    const float* last = planes + (terms - 1) * plane;
-    for (const Run& run : graph.runs)
-        for (int32_t i = run.begin; i < run.end; ++i)
-            row<W>(a + int64_t(i) * W) =
-                run.slot < 0 ? typename Lanes<W>::V{}
-                             : row<W>(last + (int64_t(run.slot) + i - run.begin) * W) * run.inverse_root;
-    for (int64_t k = terms - 2; k >= 0; --k, std::swap(a, b))
-        hop<W, kAdd>(graph, k == terms - 2, a, b, planes + k * plane, k == 0 ? 1.0f : 2.0f);
+    spread_kept<W>(graph, planes + (terms - 1) * graph.kept * W, a);
+    for (int64_t k = terms - 2; k >= 0; --k, std::swap(a, b)) add_term<W>(graph, k, terms, a, b, planes);
     return a;
 }
 
