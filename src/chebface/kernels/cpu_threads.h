@@ -74,7 +74,7 @@ inline void relax() {
 
 // Looks a while before it sleeps: waking takes longer than a small job. Not long: a neighbour may want the core.
 template <class Ready> bool look_for(const Ready& ready) {
-    for (int i = 0; i < 1000; ++i, relax())
+    for (int i = 0; i < 3000; ++i, relax())
         if (ready()) return true;
     return false;
 }
