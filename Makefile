@@ -1,6 +1,6 @@
 # make demo   a photograph to a 3D head through a real Triton server     make demo PHOTO=me.jpg
 # make test   the tests                                                  make lint   ruff and mypy
-# make demo-weights   train the shipped weights again (an hour)          make clean  what these made
+# make demo-weights   train the shipped weights again (two hours)       make clean  what these made
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
