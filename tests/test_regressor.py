@@ -15,7 +15,8 @@ from chebface.regressor import CAMERA_BIAS, Regressor, normalize_crop
 def saved(tmp_path):
     torch.manual_seed(0)
     model = Regressor("light").eval()
-    card = {"backbone": "light", "normalize": False, "skip": False, "head": {"name": "t", "version": "1", "sha256": "0" * 64}}
+    head = {"name": "t", "version": "1", "sha256": "0" * 64}
+    card = {"backbone": "light", "normalize": False, "skip": False, "head": head}
     return model, checkpoint.save(tmp_path / "r.safetensors", model.state_dict(), card)
 
 
