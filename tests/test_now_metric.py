@@ -18,8 +18,6 @@ from chebface.now import metric
 from chebface.now import surface as now_surface
 from chebface.now.surface import Pose, Surface, rotation_about
 
-pytest.importorskip("igl", reason="no libigl: pip install chebface[now]")
-
 TURNED = np.linalg.qr(np.random.default_rng(5).standard_normal((3, 3)))[0]
 TURNED = TURNED * np.sign(np.linalg.det(TURNED))
 

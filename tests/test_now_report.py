@@ -409,8 +409,6 @@ def test_grids_that_cannot_be_are_refused(photos, tmp_path):
 
 
 def test_the_grid_of_a_real_photo(assets, tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("onnxruntime")
     from chebface.reconstruct import Reconstructor
 
     found = grid([assets / "photos" / "astronaut_nasa.png"], tmp_path / "grid.png", Reconstructor())
