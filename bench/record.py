@@ -63,7 +63,7 @@ def make_record(
         "ratio": round(theirs / ours, 2),
         "rounds": len(times[0]),
     }
-    return row | facts | figures | _where()
+    return row | facts | figures | where()
 
 
 def check(name: str, error: float, limit: float) -> dict[str, Any]:
@@ -77,7 +77,8 @@ def check(name: str, error: float, limit: float) -> dict[str, Any]:
     return {"error": error, "limit": limit, "passed": True}
 
 
-def _where() -> dict[str, Any]:
+def where() -> dict[str, Any]:
+    """Commit, machine and date, as every row has them."""
     root = Path(__file__).resolve().parent.parent
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False

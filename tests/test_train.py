@@ -52,7 +52,7 @@ def frozen_statistics(monkeypatch):
 
 
 def test_only_the_last_blocks_are_trained(head_file):
-    model = train.build_model(settings(head_file))
+    model = train.build_model(settings(head_file), asset.load(head_file))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     backbone = {name.removeprefix("backbone.") for name in trained if name.startswith("backbone.")}
     assert backbone and all(name.startswith(last_blocks("light")) for name in backbone)
@@ -61,7 +61,7 @@ def test_only_the_last_blocks_are_trained(head_file):
     }
     train._set_mode(model)
     assert not model.backbone.stem.layers[1].training and model.backbone.layers[5].bn1.training
-    everything = train.build_model(settings(head_file, trained="all"))
+    everything = train.build_model(settings(head_file, trained="all"), asset.load(head_file))
     assert all(p.requires_grad for name, p in everything.named_parameters())
 
 
@@ -168,8 +168,22 @@ def test_published_backbones_are_taken_over(head_file, tmp_path):
     backbone = build_backbone("light")
     older = {k: v for k, v in backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(older, tmp_path / "backbone.pth")
-    model = train.build_model(settings(head_file, backbone_weights=tmp_path / "backbone.pth"))
+    model = train.build_model(settings(head_file, backbone_weights=tmp_path / "backbone.pth"), asset.load(head_file))
     assert torch.equal(model.backbone.conv_sep.layers[0].weight, backbone.conv_sep.layers[0].weight)
+
+
+def test_a_run_begins_from_the_weights_of_another(head_file, pairs, tmp_path):
+    first = train.train_reconstructor(settings(head_file), pairs, tmp_path / "first")
+    weights, _ = checkpoint.load(first)
+    model = train.build_model(settings(head_file, start=first), asset.load(head_file))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    train.train_reconstructor(settings(head_file, start=first, steps=1), pairs, tmp_path / "second")
+    with pytest.raises(AssetError, match="its skip is False, the settings say True"):
+        train.build_model(settings(head_file, start=first, skip="true"), asset.load(head_file))
+    with pytest.raises(AssetError, match="weights were trained on head"):
+        train.build_model(settings(head_file, start=first), make_head(7))
+    with pytest.raises(ConfigError, match="start: has a backbone of its own"):
+        settings(head_file, start=first, backbone_weights="backbone.pth")
 
 
 class Trap:

@@ -46,6 +46,7 @@ class TrainReconstructor:
     trained: str = "last"  # of the backbone: the last blocks, as the paper, or all
     normalize_embedding: bool = False
     skip: bool = False  # a linear path beside the mapping network
+    start: str = ""  # a reconstructor's checkpoint to begin from, of the same network and head
     head: str = "open"
     # the steps
     steps: int = 160_000
@@ -106,6 +107,8 @@ class TrainReconstructor:
         ):
             if getattr(self, name) not in values:
                 raise ConfigError(f"{name}: expected {' or '.join(values)}, got {getattr(self, name)!r}")
+        if self.start and self.backbone_weights:
+            raise ConfigError("start: has a backbone of its own; leave backbone_weights empty")
 
 
 @dataclass(frozen=True)
@@ -163,10 +166,14 @@ class Synthesize:
     hair: float = 0.85  # share of heads with hair
     glasses: float = 0.18
     occluder: float = 0.12
+    ambient_low: float = 0.25  # least and greatest strength of the even light; the less, the harder the shadows
+    ambient_high: float = 0.9
     jpeg_quality: int = 92
 
     def __post_init__(self) -> None:
         _check_positive(self, "count", "shard", "images_per_actor")
+        if not 0 <= self.ambient_low <= self.ambient_high:
+            raise ConfigError(f"ambient: expected 0 <= low <= high, got {self.ambient_low} and {self.ambient_high}")
         _check_quality(self.jpeg_quality)
 
 

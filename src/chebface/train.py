@@ -104,7 +104,7 @@ def train_reconstructor(
         head = open_head(config.head)
         checkpoint.check_head(shards.about, head)
         torch.manual_seed(config.seed)
-        model = build_model(config).to(place.device)
+        model = build_model(config, head).to(place.device)
         objective = build_objective(head, config, place.device.type).to(place.device)
         optimizers = build_optimizers(model, config)
         output.mkdir(parents=True, exist_ok=True)
@@ -136,13 +136,24 @@ def train_reconstructor(
     return output / WEIGHTS
 
 
-def build_model(config: TrainReconstructor) -> Regressor:
+def build_model(config: TrainReconstructor, head: Head) -> Regressor:
     """The network to train, on the CPU: what is not to be trained has no gradient.
 
     Raises:
-        AssetError: backbone_weights cannot be used.
+        AssetError: backbone_weights or start cannot be used.
     """
     model = Regressor(config.backbone, config.normalize_embedding, config.skip)
+    if config.start:
+        begun, card = checkpoint.load_regressor(config.start)
+        checkpoint.check_head(card, head)
+        for name, wanted in (
+            ("backbone", config.backbone),
+            ("normalize", config.normalize_embedding),
+            ("skip", config.skip),
+        ):
+            if card[name] != wanted:
+                raise AssetError(f"start {config.start}: its {name} is {card[name]!r}, the settings say {wanted!r}")
+        model.load_state_dict(begun.state_dict())
     if config.backbone_weights:
         model.backbone = checkpoint.load_backbone(config.backbone, config.backbone_weights)
     if config.trained == "last":

@@ -89,7 +89,7 @@ class Painter:
         parts["pose"][params.HEAD_POSE] = _axis_angle(_turn(np.clip(yaw, -1.2, 1.2), np.clip(pitch, -0.7, 0.7), roll))
         if rng.random() < 0.4:
             parts["pose"][params.JAW_POSE] = rng.beta(1.2, 3) * 0.35, rng.normal() * 0.02, 0
-        parts["light"][:] = _draw_light(rng).ravel()
+        parts["light"][:] = _draw_light(rng, self.config.ambient_low, self.config.ambient_high).ravel()
         return drawn
 
     @staticmethod
@@ -275,7 +275,7 @@ def synthesize(
 def _begun(plan: Path) -> dict:
     """The plan of a folder; those of earlier versions do not name the settings that came later."""
     begun = json.loads(plan.read_text())
-    return begun | {"settings": {"images_per_actor": 1} | begun["settings"]}
+    return begun | {"settings": {"images_per_actor": 1, "ambient_low": 0.25, "ambient_high": 0.9} | begun["settings"]}
 
 
 def _be_single_threaded() -> None:
@@ -354,9 +354,9 @@ def _field(rng: Generator, points: np.ndarray, size: float) -> np.ndarray:
     return (math.sqrt(2 / 6) * np.cos(points @ waves + rng.uniform(0, 2 * math.pi, 6))).sum(1)
 
 
-def _draw_light(rng: Generator) -> np.ndarray:
+def _draw_light(rng: Generator, low: float, high: float) -> np.ndarray:
     """(9, 3) harmonics of an even light and one to three lamps, at an exposure a camera would choose."""
-    ambient = rng.uniform(0.25, 0.9)
+    ambient = rng.uniform(low, high)
     light = np.zeros((9, 3))
     light[0] = ambient * rng.uniform(0.9, 1.1, 3) / CONSTANTS[0]
     for _ in range(rng.integers(1, 4)):
