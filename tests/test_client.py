@@ -20,11 +20,9 @@ from test_server import processes_of, stub_of
 
 from chebface import signature
 from chebface.client import Client
-from chebface.client.channel import Channel, parse_url
-from chebface.crop import ARCFACE_POINTS_PX
-from chebface.detect import Detection, Detector
+from chebface.client.testing import FakeDetector
+from chebface.client.wire import Deadline
 from chebface.errors import (
-    ConfigError,
     InputError,
     MissingDependencyError,
     ServerBusyError,
@@ -32,7 +30,7 @@ from chebface.errors import (
     ServerUnavailableError,
 )
 from chebface.server import Server
-from chebface.signature import DECODE, MODELS, RECONSTRUCT, REGRESS, TOPOLOGY, Model, Tensor
+from chebface.signature import DECODE, MODELS, RECONSTRUCT, REGRESS, Model, Tensor
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +62,6 @@ def run_here(repository: Path, crops: np.ndarray) -> tuple[np.ndarray, ...]:
     return parameters, *decoder.run(None, {"parameters": parameters})
 
 
-class Rows(Detector):
-    """Finds `count` faces in any photo, side by side, each exactly where the aligned crop wants it."""
-
-    name, threshold = "rows", 0.5
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def detect(self, image_u8: np.ndarray) -> list[Detection]:
-        side = signature.CROP_PX
-        return [
-            Detection(np.array([side * k, 0, side * (k + 1), side]), 1.0, np.add(ARCFACE_POINTS_PX, (side * k, 0)))
-            for k in range(self.count)
-        ]
-
-    def _find(self, picture_u8: np.ndarray) -> np.ndarray:
-        return np.zeros((0, 15))
-
-
 @pytest.mark.parametrize("batch", [1, 2, 5, signature.MAX_BATCH])
 def test_served_is_what_the_files_give_here(client: Client, repository: Path, batch: int) -> None:
     crops = draw_crops(2 * batch)[::2]  # a slice: not contiguous
@@ -97,9 +76,9 @@ def test_served_is_what_the_files_give_here(client: Client, repository: Path, ba
 def test_every_model_answers_alone(client: Client, repository: Path) -> None:
     crops = draw_crops(3)
     parameters, vertices, _ = run_here(repository, crops)
-    served = client._channel.infer(REGRESS, {"crop": crops})
+    served = client._connection.infer(REGRESS, {"crop": crops}, Deadline(9))
     np.testing.assert_allclose(served["parameters"], parameters, atol=1e-6)
-    np.testing.assert_allclose(client._channel.infer(DECODE, served)["vertices"], vertices, atol=1e-6)
+    np.testing.assert_allclose(client._connection.infer(DECODE, served, Deadline(9))["vertices"], vertices, atol=1e-6)
 
 
 def test_topology_is_the_files(client: Client, repository: Path) -> None:
@@ -114,7 +93,7 @@ def test_topology_is_the_files(client: Client, repository: Path) -> None:
 def test_a_photo_with_more_faces_than_a_request_holds(server: Server, repository: Path) -> None:
     count = 5
     photo = np.concatenate(list(draw_crops(count)), axis=1)
-    with Client(server.url, detector=Rows(count), max_batch=2) as client:
+    with Client(server.url, detector=FakeDetector(count), max_batch=2) as client:
         faces = client.reconstruct_all(photo)
     parameters, vertices, landmarks = run_here(repository, np.stack([face.crop.aligned_u8 for face in faces]))
     assert len(faces) == count
@@ -158,49 +137,8 @@ def test_wrong_crops_are_refused_before_they_are_sent(client: Client, crops: np.
         client._infer(crops)
 
 
-@pytest.mark.parametrize(
-    "url", ["", "localhost", "http://localhost:8000", "localhost:99999", "host:80/path", "grpc://x"]
-)
-def test_wrong_urls_are_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="expected host:port"):
-        Client(url)
-
-
-def test_urls() -> None:
-    assert parse_url("localhost:8001") == parse_url("grpc://localhost:8001/") == "localhost:8001"
-    assert parse_url("[::1]:8001") == "[::1]:8001"
-
-
-@pytest.mark.parametrize(
-    "options", [{"timeout_s": 0}, {"timeout_s": float("nan")}, {"max_batch": 0}, {"max_batch": 33}]
-)
-def test_wrong_settings_are_refused(options: dict) -> None:
-    with pytest.raises(ConfigError, match=next(iter(options))):
-        Client("localhost:8001", **options)
-
-
-def test_nobody_there() -> None:
-    with Client("127.0.0.1:9") as client:
-        assert not client.is_ready()
-        with pytest.raises(ServerUnavailableError, match=r"127.0.0.1:9.*chebface serve"):
-            client._infer(draw_crops(1))
-
-
-def test_closed_client_says_so(server: Server) -> None:
-    client = Client(server.url)
-    client.close()
-    client.close()
-    with pytest.raises(InputError, match="is closed"):
-        client._infer(draw_crops(1))
-
-
-def test_passed_deadline_of_a_living_server_is_busy(server: Server) -> None:
-    with Client(server.url, timeout_s=1e-4) as client, pytest.raises(ServerBusyError, match="the server is alive"):
-        client._infer(draw_crops(32))
-
-
 def test_passed_deadline_of_a_hung_server_is_unavailable(repository: Path) -> None:
-    with Server(repository, stop_timeout_s=0.3) as server, Client(server.url, timeout_s=0.3) as client:
+    with Server(repository, stop_timeout_s=0.3) as server, Client(server.url, deadline_s=0.3) as client:
         client._infer(draw_crops(1))
         os.kill(server.pid, signal.SIGSTOP)
         try:
@@ -265,65 +203,10 @@ def test_dead_model_process_is_unavailable(repository: Path) -> None:
             client._infer(draw_crops(1))
 
 
-def test_unknown_model_of_a_ready_server(client: Client) -> None:
-    other = Model("other", REGRESS.inputs, REGRESS.outputs)
-    with pytest.raises(ServerError, match=r"other: .*python -m export all") as caught:
-        client._channel.infer(other, {"crop": draw_crops(1)})
-    assert type(caught.value) is ServerError
-
-
-def test_refused_request_of_a_ready_server(client: Client) -> None:
-    swapped = Model("decode", REGRESS.inputs, DECODE.outputs)
-    with pytest.raises(ServerError, match="INVALID_ARGUMENT") as caught:
-        client._channel.infer(swapped, {"crop": draw_crops(1)})
-    assert type(caught.value) is ServerError
-
-
 def test_answer_of_another_version_is_refused(client: Client) -> None:
     smaller = Model("regress", REGRESS.inputs, (Tensor("parameters", "FP32", (436,)),))
     with pytest.raises(ServerError, match=r"parameters: expected \(1, 436\) FP32, got \(1, 486\)"):
-        client._channel.infer(smaller, {"crop": draw_crops(1)})
-
-
-class Raised(Exception):
-    """What tritonclient raises, by its two methods."""
-
-    def __init__(self, code: str, text: str) -> None:
-        self.code, self.text = code, text
-
-    def status(self) -> str:
-        return f"StatusCode.{self.code}"
-
-    def message(self) -> str:
-        return self.text
-
-
-@pytest.mark.parametrize(
-    ("code", "text", "kind"),
-    [
-        ("UNAVAILABLE", "Exceeds maximum queue size", ServerBusyError),
-        ("UNAVAILABLE", "Request timeout expired", ServerBusyError),
-        ("UNAVAILABLE", "This protocol is restricted, expecting header 'k'", ServerError),
-        ("UNAVAILABLE", "Socket closed", ServerUnavailableError),
-        ("DEADLINE_EXCEEDED", "Deadline Exceeded", ServerUnavailableError),
-        ("NOT_FOUND", "Request for unknown model: 'reconstruct' is not found", ServerUnavailableError),
-        ("INTERNAL", "Stub process 'decode_0_0' is not healthy.", ServerUnavailableError),
-        ("INTERNAL", "onnx runtime error 1", ServerError),
-    ],
-)
-def test_failures_by_code_and_message(code: str, text: str, kind: type) -> None:
-    channel = Channel("127.0.0.1:9", 1.0)  # nobody there: probes find no life
-    try:
-        assert type(channel._translate(Raised(code, text), RECONSTRUCT)) is kind
-    finally:
-        channel.close()
-
-
-def test_topology_that_is_not_json(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = {"faces": np.zeros(TOPOLOGY.outputs[0].shape, np.int32), "head": np.array([b"{"], object)}
-    monkeypatch.setattr(client._channel, "infer", lambda model, inputs: answer)
-    with pytest.raises(ServerError, match="head is not a JSON object"):
-        _ = client.topology
+        client._connection.infer(smaller, {"crop": draw_crops(1)}, Deadline(9))
 
 
 def test_missing_tritonclient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
