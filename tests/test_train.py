@@ -184,31 +184,3 @@ def test_a_run_begins_from_the_weights_of_another(head_file, pairs, tmp_path):
         train.build_model(settings(head_file, start=first), make_head(7))
     with pytest.raises(ConfigError, match="start: has a backbone of its own"):
         settings(head_file, start=first, backbone_weights="backbone.pth")
-
-
-class Trap:
-    """A pickle that would run code."""
-
-    def __reduce__(self):
-        return (os.system, ("touch trapped",))
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, "No such file"),
-        (b"not a checkpoint", "not those of light"),
-        ({"fc.weight": torch.zeros(2)}, "not those of light"),
-        (Trap(), "not those of light"),
-    ],
-)
-def test_other_files_are_refused(tmp_path, monkeypatch, content, says):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "backbone.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(AssetError, match=rf"backbone\.pth: .*{says}"):
-        checkpoint.load_backbone("light", path)
-    assert not (tmp_path / "trapped").exists()

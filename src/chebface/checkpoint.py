@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from chebface.arcface import build_backbone
 from chebface.encoder import MeshAutoencoder
 from chebface.errors import AssetError
 from chebface.files import write_whole
@@ -95,39 +93,6 @@ def load_regressor(path: str | Path | None = None) -> tuple[Regressor, dict[str,
     except (KeyError, RuntimeError) as error:
         raise AssetError(f"checkpoint {path}: not a regressor of this version ({error})") from error
     return model.eval(), card
-
-
-def load_backbone(name: str, path: str | Path) -> nn.Module:
-    """A backbone with published weights.
-
-    Args:
-        name: one of BACKBONES.
-        path: a checkpoint of `arcface_torch` (backbone.pth, a plain state dict) or .safetensors with its names. A .pth
-            is read without running anything in it.
-
-    Returns:
-        As `build_backbone`.
-
-    Raises:
-        ConfigError: unknown name.
-        AssetError: missing, damaged, or the weights of another network.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        backbone = build_backbone(name)
-        known = backbone.state_dict()
-        counters = {key: known[key] for key in known if key.endswith("num_batches_tracked")}  # older files lack them
-        backbone.load_state_dict(counters | dict(weights))
-    except (OSError, EOFError, ValueError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AssetError(f"backbone weights {path}: not those of {name} ({reason})") from error
-    return backbone
 
 
 def load_encoder(path: str | Path | None = None) -> tuple[MeshAutoencoder, dict[str, Any]]:

@@ -435,6 +435,37 @@ def publish(weights: Path, held_out: Path, output: Path, as_json: bool) -> None:
 
 
 @main.group()
+def weights() -> None:
+    """Weights from elsewhere."""
+
+
+@weights.command(name="import")
+@click.argument("file", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="The .safetensors file to write.")
+@click.option("--head", required=True, help="The head it is for; for MICA's file the FLAME 2020 that you imported.")
+@click.option("--backbone", help="Refuse any other than this one.")
+@json_option
+@guarded
+def import_weights(file: Path, output: Path, head: str, backbone: str | None, as_json: bool) -> None:
+    """Make a checkpoint of FILE: MICA's mica.tar, or a face recognition network (.pth, .onnx) of arcface_torch or
+    insightface. Nothing in it is run; what was taken and what not is said.
+    """
+    from chebface import foreign
+
+    report = foreign.adopt(file, output, head=head, backbone=backbone)
+    if as_json:
+        print_json({"ok": True} | report)
+        return
+    taken = ", ".join(f"{part} ({count} tensors)" for part, count in report["taken"].items())
+    click.echo(f"{output}: {report['kind']}, {report['backbone']}; taken: {taken}")
+    click.echo(f"untrained: {', '.join(report['untrained'])}")
+    for part, why in report["left"].items():
+        click.echo(f"left out, {part}: {why}", err=True)
+    for note in report["notes"]:
+        click.echo(f"note: {note}", err=True)
+
+
+@main.group()
 def evaluate() -> None:
     """Measure."""
 

@@ -15,7 +15,7 @@ import click
 from chebface.errors import ChebfaceError, MissingDependencyError
 
 INTERRUPTED = 130
-EXTRAS = {"torch": "torch", "safetensors": "torch", "onnxruntime": "detect", "tomli": "torch"}
+EXTRAS = {"torch": "torch", "safetensors": "torch", "onnxruntime": "detect", "onnx": "export", "tomli": "torch"}
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 

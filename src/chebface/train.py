@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chebface import checkpoint, losses, snapshot
+from chebface import checkpoint, foreign, losses, snapshot
 from chebface.arcface import last_blocks
 from chebface.config import TrainReconstructor, to_dict
 from chebface.data.batches import Batch, Batches
@@ -155,7 +155,7 @@ def build_model(config: TrainReconstructor, head: Head) -> Regressor:
                 raise AssetError(f"start {config.start}: its {name} is {card[name]!r}, the settings say {wanted!r}")
         model.load_state_dict(begun.state_dict())
     if config.backbone_weights:
-        model.backbone = checkpoint.load_backbone(config.backbone, config.backbone_weights)
+        model.backbone = foreign.load_backbone(config.backbone, config.backbone_weights)
     if config.trained == "last":
         trained = last_blocks(config.backbone)
         for name, parameter in model.backbone.named_parameters():
@@ -184,7 +184,7 @@ def build_objective(head: Head, config: TrainReconstructor, device: str = "cpu")
                 "identity loss: wants a face recognition network, and none comes with chebface; "
                 "set recognition to a checkpoint of arcface_torch, or weight_identity to 0"
             )
-        recognition = checkpoint.load_backbone(config.recognition_backbone, config.recognition)
+        recognition = foreign.load_backbone(config.recognition_backbone, config.recognition)
     draws = weights["photometric"] or weights["identity"]
     renderer = open_renderer(head.faces, config.renderer, device) if draws else None
     return Objective(head, config, renderer=renderer, encoder=encoder, recognition=recognition)
