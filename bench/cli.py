@@ -42,9 +42,7 @@ def _report(measure: Callable[[], list[dict[str, Any]]], as_json: bool, output: 
         case = f"{row['case']} {row['pass']}, batch {row['batch']}"
         click.echo(line if as_json else f"{case:32} {row['ratio']:6.1f}x better than {row['rival']}")
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with open(output, "a") as file:
-            file.write("\n".join(lines) + "\n")
+        _append(output, rows)
 
 
 @main.command()
@@ -87,3 +85,83 @@ def kernels(seconds: float, as_json: bool, output: Path | None, batches: tuple[i
     from bench.kernels import measure
 
     _report(lambda: measure(seconds, batches=batches), as_json, output)
+
+
+@main.command()
+@_common
+@click.option(
+    "--case", "cases", multiple=True, help="step, share, synthesis or memory; repeat it. All but the last by default."
+)
+@click.option("--batch", type=int, default=8, show_default=True, help="Actors.")
+@click.option("--steps", type=int, default=10_000, show_default=True, help="Of the case memory.")
+@click.option("--threads", type=int, default=2, show_default=True, help="Of torch.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Another setting of the training.")
+def train(
+    seconds: float,
+    as_json: bool,
+    output: Path | None,
+    cases: tuple[str, ...],
+    batch: int,
+    steps: int,
+    threads: int,
+    overrides: tuple[str, ...],
+) -> None:
+    """A training step against pytorch3d and torch-geometric, its parts, its data, its memory."""
+    from bench.train import CASES, measure
+
+    _report(lambda: measure(seconds, cases or CASES[:-1], batch, steps, threads, overrides), as_json, output)
+
+
+@main.command()
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("out/ablation"),
+    show_default=True,
+    help="Folder for data, runs and reports; a run that was interrupted goes on from it.",
+)
+@click.option("--steps", type=int, default=400, show_default=True, help="Of each run.")
+@click.option("--actors", type=int, default=32, show_default=True, help="In a batch, two photographs each.")
+@click.option("--subjects", type=int, default=100, show_default=True, help="Held-out people, four photographs each.")
+@click.option("--seed", "seeds", type=int, multiple=True, default=(0, 1, 2), show_default=True, help="Repeat it.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of every run.")
+@click.option("--jobs", type=int, default=1, show_default=True, help="Processes for scoring.")
+@click.option("--device", default="cpu", show_default=True, help="To train on.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout instead of a table.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Append the rows to this file.")
+def ablation(overrides: tuple[str, ...], as_json: bool, output: Path | None, **options: Any) -> None:
+    """The presets ours, mica and deca on open data, with equal budgets, scored by the NoW engine."""
+    from bench.ablation import measure
+
+    settings = dict(text.split("=", 1) for text in overrides if "=" in text)
+    if len(settings) != len(overrides):
+        raise click.UsageError("--set: expected KEY=VALUE")
+    try:
+        rows = measure(settings=settings, say=lambda line: click.echo(line, err=True), **options)
+    except ChebfaceError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    if output:
+        _append(output, rows)
+    for row in rows:
+        click.echo(json.dumps(row) if as_json else _spell_ablation(row))
+
+
+def _spell_ablation(row: dict[str, Any]) -> str:
+    if row["case"] == "errors":
+        seed = f"{row['preset']}, seed {row['seed']}"
+        plain, metrical = ([row[f"{p}{w}_mm"] for w in ("median", "mean", "std")] for p in ("", "metrical_"))
+        return (
+            f"{seed:20} {'  '.join(f'{v:.3f}' for v in plain)} mm   metrical {'  '.join(f'{v:.3f}' for v in metrical)}"
+        )
+    kind = f"{'metrical' if row['metrical'] else 'non-metrical'} {row['what']}, {row['challenge']}"
+    return (
+        f"{row['a']} - {row['b']}, {kind:36} {row['difference_mm']:+.4f} mm "
+        f"[{row['low_mm']:+.4f}, {row['high_mm']:+.4f}], p {row['p']:.2g}"
+    )
+
+
+def _append(output: Path, rows: list[dict[str, Any]]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from chebface.crop import WIDE_PX
+from chebface import native
+from chebface.crop import WIDE_MATRIX, WIDE_PX, invert, warp
+from chebface.data import align
 from chebface.data.batches import Batch, Batches, collate
-from chebface.data.sample import Sample, Shards, is_held_out, write_shard
+from chebface.data.sample import Sample, Shards, _list_members, is_held_out, write_shard
 from chebface.errors import AssetError, InputError
 
 ACTORS, PHOTOS = 12, (1, 3, 2, 4)  # photos of actors 0, 1, 2, 3, 4 (again 1), ...
@@ -121,6 +123,105 @@ def test_damaged_samples_are_named(tmp_path, name, content, says):
     _replace(tmp_path / "d" / "00000.tar", name, content)
     with pytest.raises(AssetError, match=says), Shards(tmp_path / "d") as shards:
         shards[1]
+
+
+def test_numbers_of_another_writer_are_read_too(tmp_path):
+    numbers = np.arange(622, dtype=np.float32)
+    file = io.BytesIO()
+    np.lib.format.write_array(file, numbers, version=(2, 0), allow_pickle=False)
+    write_dataset(tmp_path / "d", [make_sample(0, "0", True, True)]).close()
+    _replace(tmp_path / "d" / "00000.tar", "000000.npy", file.getvalue())
+    with Shards(tmp_path / "d") as shards:
+        np.testing.assert_array_equal(shards[0].parameters, numbers[:486])
+        np.testing.assert_array_equal(shards[0].landmarks_px, numbers[486:].reshape(68, 2))
+
+
+def test_a_shard_is_listed_as_tarfile_does(tmp_path, samples):
+    write_shard(tmp_path / "a.tar", samples, 90)
+    with tarfile.open(tmp_path / "a.tar") as tar, open(tmp_path / "a.tar", "rb") as file:
+        want = {member.name: (member.offset_data, member.size) for member in tar.getmembers()}
+        assert _list_members(file.fileno()) == want
+
+
+def _flip(at: int):
+    def change(content: bytearray) -> bytearray:
+        content[at] ^= 1
+        return content
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda content: b"", "empty"),
+        (lambda content: content[:40_000], "truncated: it goes on beyond its 40000 bytes"),
+        (lambda content: content[: content.rindex(b"ustar") // 512 * 512], "truncated"),  # whole members, no end
+        (lambda content: content[: content.rindex(b"ustar") // 512 * 512 + 100], "no tar, or damaged"),
+        (lambda content: b"not a tar" * 999, "no tar, or damaged at byte 0"),
+        (_flip(3), "damaged at byte 0"),  # a name
+        (_flip(134), "damaged at byte 0|no tar"),  # a size
+        (_flip(150), "damaged at byte 0"),  # the sum itself
+    ],
+)
+def test_a_shard_that_is_not_whole_is_named(tmp_path, change, says):
+    write_dataset(tmp_path / "d", [make_sample(index, str(index), True, True) for index in range(9)]).close()
+    path = tmp_path / "d" / "00000.tar"
+    path.write_bytes(change(bytearray(path.read_bytes())))
+    with pytest.raises(AssetError, match=rf"00000\.tar: ({says}).*; delete it"):
+        Shards(tmp_path / "d")
+
+
+@pytest.mark.parametrize("odd", [{"type": tarfile.DIRTYPE}, {"type": tarfile.SYMTYPE}, {"name": "x/" * 55 + "1.jpg"}])
+def test_a_shard_of_other_things_than_files_is_refused(tmp_path, odd):
+    (tmp_path / "shards.json").write_text(json.dumps({"shards": ["a.tar"]}))
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        entry = tarfile.TarInfo("000000.jpg")
+        for name, value in odd.items():
+            setattr(entry, name, value)
+        tar.addfile(entry)
+    with pytest.raises(AssetError, match=r"a\.tar: not a plain file of a short name at byte 0"):
+        Shards(tmp_path)
+
+
+@pytest.fixture
+def forget():
+    """Nothing of what was decided about the native code is kept, before and after."""
+    align._why_not.cache_clear()
+    yield
+    align._why_not.cache_clear()
+
+
+@pytest.mark.parametrize("why", [None, "no compiler"])
+def test_the_network_sees_the_same_picture_as_at_inference(samples, monkeypatch, forget, why):
+    if why:
+        monkeypatch.setattr(native, "why_missing", lambda source: why)
+    elif native.find_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    assert align.implementation() == (f"reference ({why})" if why else "native")
+    rng = np.random.default_rng(5)
+    noise = rng.integers(0, 256, (3, WIDE_PX, WIDE_PX, 3), np.uint8)
+    tones = rng.integers(0, 2, (3, WIDE_PX, WIDE_PX, 3), np.uint8) * 36  # every mean a whole number, or nearly
+    turned = rng.integers(0, 256, (WIDE_PX, WIDE_PX, 3), np.uint8).swapaxes(0, 1)
+    for wide_u8 in (*noise, *tones, turned, *(sample.wide_u8 for sample in samples[:3])):
+        want = warp(wide_u8, invert(WIDE_MATRIX), 112)
+        np.testing.assert_array_equal(align.align_wide(wide_u8), want)
+        sample = dataclasses.replace(samples[0], wide_u8=wide_u8)
+        np.testing.assert_array_equal(sample.aligned_u8, want)
+
+
+def test_native_code_that_rounds_otherwise_is_not_used(monkeypatch, forget):
+    if native.find_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(align, "align_reference", lambda wide_u8: np.full((112, 112, 3), 7, np.uint8))
+    assert align.implementation() == "reference (Pillow rounds otherwise on this machine)"
+    assert (align.align_wide(np.zeros((WIDE_PX, WIDE_PX, 3), np.uint8)) == 7).all()
+
+
+def test_only_a_wide_frame_is_aligned():
+    for odd in (np.zeros((112, 112, 3), np.uint8), np.zeros((WIDE_PX, WIDE_PX, 3), np.float32)):
+        with pytest.raises(InputError, match=r"wide_u8: expected \(224, 224, 3\) uint8, got"):
+            align.align_wide(odd)
 
 
 def test_an_index_that_is_none_is_named(tmp_path):

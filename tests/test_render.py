@@ -107,6 +107,25 @@ def test_gradients_agree_with_autograd_through_the_definition():
         assert (got - want).abs().max() < 1e-3 * want.abs().max()
 
 
+def test_a_batch_is_its_pictures_one_by_one_on_any_number_of_threads():
+    sheets = [bumpy_sheet(seed) for seed in range(5)]
+    faces, rng = sheets[0][1], np.random.default_rng(2)
+    points = torch.from_numpy(np.stack([sheet for sheet, _ in sheets])).requires_grad_()
+    values = torch.from_numpy(rng.normal(size=(*points.shape[:2], 2)).astype(np.float32)).requires_grad_()
+    renderer, before, answers = open_renderer(faces, "cpu"), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            image, mask = renderer.render(points, values, 30, 40)
+            answers.append((image, mask, *torch.autograd.grad((image**2).sum(), (points, values))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+    for item, picture in enumerate(answers[0][0]):
+        alone, _ = renderer.render(points[item][None], values[item][None], 30, 40)
+        assert torch.equal(alone[0], picture) and bool(picture.any())
+
+
 def test_moving_the_mesh_moves_the_picture():
     """Law: the analytic gradient of a smooth picture equals its finite difference under a small shift."""
     points, faces = bumpy_sheet(2)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from chebface import camera, checkpoint, params
 from chebface.crop import WIDE_PX
-from chebface.data.batches import collate
+from chebface.data.batches import Batch, collate
+from chebface.data.mica import PARTS
 from chebface.data.sample import Shards
 from chebface.errors import AssetError
 from chebface.flame import Flame
@@ -32,7 +33,8 @@ def evaluate(weights: str | Path | None, data: str | Path, *, batch: int = 32) -
         distance of the outer eye corners, and the head's turn in degrees.
 
     Raises:
-        AssetError: weights and data of different heads, or a head without a face mask.
+        AssetError: weights and data of different heads, a head without a face mask, or a face of which not everything
+            is known.
     """
     model, card = checkpoint.load_regressor(weights)
     rows: dict[str, list[Tensor]] = {}
@@ -45,6 +47,7 @@ def evaluate(weights: str | Path | None, data: str | Path, *, batch: int = 32) -
         flame, face = Flame(head), torch.from_numpy(head.masks["face"])
         for first in range(0, len(shards), batch):
             known = collate([shards[i] for i in range(first, min(first + batch, len(shards)))])
+            _check_known(known, data, first)
             predicted = model(normalize_crop(known.crop))
             for name, values in _errors(flame, face, predicted, known.parameters, known.landmarks).items():
                 rows.setdefault(name, []).append(values)
@@ -53,6 +56,15 @@ def evaluate(weights: str | Path | None, data: str | Path, *, batch: int = 32) -
     for part in ("head", "face", "face_nonmetrical"):
         result[f"ratio_{part}"] = round(result[f"{part}_mm"] / result[f"mean_head_{part}_mm"], 4)
     return {"faces": count} | result
+
+
+def _check_known(batch: Batch, data: str | Path, first: int) -> None:
+    for name, known in (("parameters", batch.knows_parameters), ("landmarks", batch.knows_landmarks)):
+        if not known.all():
+            raise AssetError(
+                f"dataset {data}: sample {first + int((~known).int().argmax())} has no {name}; only made-up faces "
+                "(`chebface data synthesize`) can be measured so, photographs of known heads by `chebface evaluate`"
+            )
 
 
 def _errors(flame: Flame, face: Tensor, predicted: Tensor, truth: Tensor, landmarks_ndc: Tensor) -> dict[str, Tensor]:
@@ -103,19 +115,43 @@ def publish(weights: str | Path, data: str | Path, output: str | Path) -> dict[s
         the errors, as `evaluate` gives them.
 
     Raises:
-        AssetError: as `evaluate`, or faces of the training's seed; `output` stays as it was.
+        AssetError: as `evaluate`, or faces that may have been trained on; `output` stays as it was.
     """
     tensors, card = checkpoint.load(weights)
     with Shards(data) as shards:
         settings = shards.about["settings"]
-    if settings["seed"] == card["data"]["seed"]:
-        raise AssetError(f"dataset {data}: has the training's seed {settings['seed']}; held-out faces need another")
+        if (why := _why_seen(card["data"], settings | {"part": shards.about.get("part")})) is not None:
+            raise AssetError(f"dataset {data}: {why}")
     output = Path(output)
     with tempfile.TemporaryDirectory() as folder:
         trial = checkpoint.save(Path(folder) / output.name, checkpoint.half(tensors), card)
         errors = evaluate(trial, data)
     checkpoint.save(output, checkpoint.half(tensors), card | {"held_out": errors | {"data": settings}})
     return errors
+
+
+def _why_seen(trained: dict[str, Any], data: dict[str, Any]) -> str | None:
+    """Why faces may be those of a training, from the settings of both datasets (and the part of packed ones), or None.
+
+    A made-up face follows from its seed. Of packed photographs, the seed and the share decide who is held out, and a
+    larger share holds out those of a smaller one too.
+    """
+    packed = ["held_out" in settings for settings in (trained, data)]
+    if packed == [False, False]:
+        same = trained["seed"] == data["seed"]
+        return f"has the training's seed {data['seed']}; held-out faces need another" if same else None
+    if packed != [True, True]:
+        return None
+    parts = {trained.get("part") or PARTS[0]: trained, data["part"]: data}
+    if parts.keys() != set(PARTS):
+        return f"is the part {data['part']}, as the training's data were; take the other one of the same packing"
+    seen, unseen = (parts[name] for name in PARTS)
+    if seen["seed"] != unseen["seed"] or seen["held_out"] < unseen["held_out"]:
+        chosen = [f"seed {each['seed']} and held_out {each['held_out']}" for each in (trained, data)]
+        return (
+            f"was divided by {chosen[1]}, the training's data by {chosen[0]}; take the other part of the same packing"
+        )
+    return None
 
 
 def angle_deg(first: Tensor, second: Tensor) -> Tensor:

@@ -99,22 +99,25 @@ class Objective(nn.Module):
         Returns:
             the weighed sum, and every part before its weight.
         """
+        copies = 1
         if self.config.shape_consistency:
             dice = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
             swapped = losses.swap_shapes(predicted, batch.actors, dice)
             if swapped is not predicted:
-                predicted, batch = torch.cat([predicted, swapped]), batch.repeat(2)
+                copies = 2
+                predicted, batch = torch.cat([predicted, swapped]), batch.repeat(copies)
         parts: dict[str, Tensor] = {}
         if POSED & self.weights.keys():
-            parts |= self._seen_parts(predicted, batch)
+            parts |= self._seen_parts(predicted, batch, copies)
         parts |= self._shape_parts(predicted, batch)
         parts |= self._known_parts(predicted, batch)
         regular = losses.regularizers(predicted)
         parts |= {f"regular_{name}": value for name, value in regular.items()}
         return losses.total({name: part for name, part in parts.items() if name in self.weights}, self.weights)
 
-    def _seen_parts(self, predicted: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Terms of the picture: where landmarks and vertices fall, and what colours."""
+    def _seen_parts(self, predicted: Tensor, batch: Batch, copies: int) -> dict[str, Tensor]:
+        """Terms of the picture: where landmarks and vertices fall, and what colours. The batch stands there `copies`
+        times over."""
         view = params.split(predicted)["camera"]
         vertices, points = self.flame.decode(predicted)
         seen = camera.project(points, view)[..., :2]
@@ -140,8 +143,10 @@ class Objective(nn.Module):
             drawn, mask = self.shader.draw(vertices, hold_skin(predicted))
             over = wide_to_aligned(torch.where(mask[:, None], drawn, photo)).clamp(0, 1)
             with torch.no_grad():
-                known_face = self.recognition(normalize_crop(batch.crop))
-            parts["identity"] = losses.identity(self.recognition(2 * over - 1), known_face)
+                once = normalize_crop(batch.crop[: len(batch) // copies])
+                known_face = self.recognition(once.contiguous(memory_format=torch.channels_last)).repeat(copies, 1)
+            seen_face = self.recognition((2 * over - 1).contiguous(memory_format=torch.channels_last))
+            parts["identity"] = losses.identity(seen_face, known_face)
         return parts
 
     def _shape_parts(self, predicted: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -185,6 +185,7 @@ def build_objective(head: Head, config: TrainReconstructor, device: str = "cpu")
                 "set recognition to a checkpoint of arcface_torch, or weight_identity to 0"
             )
         recognition = foreign.load_backbone(config.recognition_backbone, config.recognition)
+        torch.nn.utils.convert_conv2d_weight_memory_format(recognition, torch.channels_last)
     draws = weights["photometric"] or weights["identity"]
     renderer = open_renderer(head.faces, config.renderer, device) if draws else None
     return Objective(head, config, renderer=renderer, encoder=encoder, recognition=recognition)
@@ -353,7 +354,7 @@ def _card(config: TrainReconstructor, head: Head, shards: Shards) -> dict[str, A
         "skip": config.skip,
         "head": head.facts,
         "training": to_dict(config),
-        "data": shards.about["settings"],
+        "data": shards.about["settings"] | ({"part": shards.about["part"]} if "part" in shards.about else {}),
     }
 
 

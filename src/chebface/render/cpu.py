@@ -6,6 +6,9 @@ Gradients flow inside the silhouette (as in DECA's and MICA's use of pytorch3d);
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,14 +47,36 @@ class CpuRenderer:
             InputError: shapes that do not fit together.
         """
         check_batch(points_px, attributes)
-        interpolate = _interpolate_reference if native.load(raster._SOURCE) is None else _Interpolate.apply
-        images, masks = [], []
-        for points, values in zip(points_px, attributes, strict=True):
-            triangle, barycentric = raster.rasterize(points.detach().cpu().numpy(), self.faces, height, width)
-            images.append(interpolate(points.cpu(), values.cpu(), self.faces, triangle, barycentric))
-            masks.append(torch.from_numpy(triangle >= 0))
-        image = torch.stack(images).permute(0, 3, 1, 2)
-        return image.to(points_px.device), torch.stack(masks).to(points_px.device)
+        points, values = points_px.cpu(), attributes.cpu()
+        triangles = np.empty((len(points), height, width), np.int32)
+        barycentrics = np.empty((*triangles.shape, 3), np.float32)
+        drawn = points.detach().numpy()
+
+        def rasterize(item: int) -> None:
+            triangles[item], barycentrics[item] = raster.rasterize(drawn[item], self.faces, height, width)
+
+        _for_each(len(points), rasterize)
+        if native.load(raster._SOURCE) is None:
+            items = zip(points, values, triangles, barycentrics, strict=True)
+            image = torch.stack([_interpolate_reference(p, v, self.faces, t, b) for p, v, t, b in items])
+        else:
+            image = _Interpolate.apply(points, values, self.faces, triangles, barycentrics)
+        mask = torch.from_numpy(triangles >= 0)
+        return image.permute(0, 3, 1, 2).to(points_px.device), mask.to(points_px.device)
+
+
+def _for_each(count: int, run: Callable[[int], None]) -> None:
+    """Do something for every picture of a batch, on as many threads as torch has."""
+    if count == 1 or torch.get_num_threads() == 1:
+        for item in range(count):
+            run(item)
+    else:
+        list(_pool(torch.get_num_threads()).map(run, range(count)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 def _interpolate_reference(
@@ -75,21 +100,25 @@ def _interpolate_reference(
 
 
 class _Interpolate(torch.autograd.Function):
-    """raster.cpp's interpolation and its adjoint; float32."""
+    """raster.cpp's interpolation and its adjoint; float32. (B, N, 3), (B, N, C) -> (B, H, W, C)."""
 
     @staticmethod
     def forward(ctx: Any, points: torch.Tensor, attributes: torch.Tensor, faces, triangle, barycentric) -> torch.Tensor:
         points, attributes = points.float().contiguous(), attributes.float().contiguous()
-        image = torch.empty(*triangle.shape, attributes.shape[1])
-        native.load(raster._SOURCE).interpolate(  # type: ignore[union-attr]
-            _pointer(attributes),
-            ctypes.c_int64(attributes.shape[1]),
-            _pointer(faces),
-            _pointer(triangle),
-            _pointer(barycentric),
-            ctypes.c_int64(triangle.size),
-            _pointer(image),
-        )
+        image = torch.empty(*triangle.shape, attributes.shape[2])
+
+        def draw(item: int) -> None:
+            native.load(raster._SOURCE).interpolate(  # type: ignore[union-attr]
+                _pointer(attributes[item]),
+                ctypes.c_int64(attributes.shape[2]),
+                _pointer(faces),
+                _pointer(triangle[item]),
+                _pointer(barycentric[item]),
+                ctypes.c_int64(triangle[item].size),
+                _pointer(image[item]),
+            )
+
+        _for_each(len(points), draw)
         ctx.save_for_backward(points, attributes)
         ctx.arrays = faces, triangle, barycentric
         return image
@@ -101,18 +130,22 @@ class _Interpolate(torch.autograd.Function):
         faces, triangle, barycentric = ctx.arrays
         grad_image = grad_image.float().contiguous()
         grad_attributes, grad_points = torch.zeros_like(attributes), torch.zeros_like(points)
-        native.load(raster._SOURCE).interpolate_backward(  # type: ignore[union-attr]
-            _pointer(points),
-            _pointer(attributes),
-            ctypes.c_int64(attributes.shape[1]),
-            _pointer(faces),
-            _pointer(triangle),
-            _pointer(barycentric),
-            ctypes.c_int64(triangle.size),
-            _pointer(grad_image),
-            _pointer(grad_attributes),
-            _pointer(grad_points),
-        )
+
+        def pull(item: int) -> None:
+            native.load(raster._SOURCE).interpolate_backward(  # type: ignore[union-attr]
+                _pointer(points[item]),
+                _pointer(attributes[item]),
+                ctypes.c_int64(attributes.shape[2]),
+                _pointer(faces),
+                _pointer(triangle[item]),
+                _pointer(barycentric[item]),
+                ctypes.c_int64(triangle[item].size),
+                _pointer(grad_image[item]),
+                _pointer(grad_attributes[item]),
+                _pointer(grad_points[item]),
+            )
+
+        _for_each(len(points), pull)
         return grad_points, grad_attributes, None, None, None
 
 
