@@ -41,6 +41,8 @@ DOORS = {
     "tritonclient": ("client/", "export/"),
     "onnx": ("export/", "foreign_onnx.py"),
     "tensorrt": ("export/",),
+    "tensorrt_rtx": ("export/",),
+    "tensorrt_rtx_bindings": ("export/",),
     "click": ("cli.py", "cli_now.py", "command.py", "export/", "bench/"),
     "anny": ("heads/",),
     "onnxruntime": ("detect.py", "foreign_onnx.py", "repository.py", "leaf.py", "export/"),
