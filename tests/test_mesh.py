@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 
@@ -128,6 +129,71 @@ def test_obj_in_every_form(tmp_path):
     assert back.colors is None and back.vertices.shape == (3, 3)
     path.write_text("v 0 0 0\nv 1 0 0\n")
     assert mesh.read_obj(path).faces.shape == (0, 3)
+
+
+FORMS = {
+    "plain": "v 0 0 0\nv 1 0 0\nv 0 1 -1e-3\nf 1 2 3\nf 3 2 1\n",
+    "windows, spaces and a comment": "# made\r\nv  0 0 0 \r\nv  1 0 0 \r\nv  0 +1. .5 \r\n\r\nf  1 2 3 \r\n",
+    "colours, normals between": "v 0 0 0 1 0 0\nvn 0 0 1\nv 1 0 0 0 1 0\nvn 0 0 1\nv 0 1 0 0 0 1\nf 1//1 2//2 3//1\n",
+    "weights": "v 0 0 0 1\nv 1 0 0 1\nv 0 1 0 1\nf 1 2 3\n",
+    "texture": "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nf 1/1 2/2 3/1\nf 3/2 2/2 1/1\n",
+    "texture of three": "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0 0\nvt 1 0 0\nvn 0 0 1\ng a\nf 1/1/1 2/2/1 3/1/1\n",
+    "texture unused": "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nf 1 2 3\n",
+    "quads": "v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvt 0 0\nf 1/1 2/1 3/1 4/1\nf 4/1 3/1 2/1 1/1\n",
+    "no faces": "v 0 0 0\nv 1 0 0\n",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_obj_in_bulk_is_what_it_is_line_by_line(name, tmp_path):
+    path = tmp_path / "x.obj"
+    path.write_bytes(FORMS[name].encode())
+    careful = mesh._any_obj(path, path.read_bytes())
+    bulk = mesh._regular_obj(path.read_bytes())
+    assert bulk is not None
+    for field in dataclasses.fields(mesh.Mesh):
+        one, other = getattr(bulk, field.name), getattr(careful, field.name)
+        assert (one is None) == (other is None), field.name
+        if one is not None:
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+
+
+ABC = "v 0 0 0\nv 1 0 0\nv 0 1 0\n"
+ODD = ["v 1.5-2 0\nv 1 0 0\n", "v 1.2.3 1.2.3 1.2.3\n", "v 1_0 0 0\n", " v 1 0 0\n", "v 1 0 0 # here\n", "\tv 1 0 0\n"]
+ODD += ["v 1 0 0 1 1 1\n", "v 1 0\n", "v\n", "v nan 0 0\n", "v 1 0 0\\\nv 1 0 0\n", "v 1 0 0\x0cv 1 0 0\n", "f 1 2\n"]
+ODD += [
+    "v 1 0 0\rv 2 0 0\n",
+    "v 1\xa00 0\n",
+    "f 1 2 0\n",
+    "f 1 2 -1\n",
+    "f 1 2 2147483649\n",
+    "f 1 2 99999999999999999999\n",
+]
+ODD += [
+    "f 1// 2// 3//\n",
+    "f 1/ 2/ 3/\n",
+    "f 1//1 2/1/ 3//1\n",
+    "f 1/1 2/1 3/1\n",
+    "f 1/1//1 2/1//1 3/1//1\n",
+    "f 1 2 3/1\n",
+]
+ODD += [
+    "f 1.0 2 3\n",
+    "f 1 2 3\nf 1 2 3 1\n",
+    "f 1//1 2//1 3//1\nf 1 2 3\n",
+    "f\n",
+    "vt 0\nf 1/1 2/1 3/1\n",
+    "vt a 0\n",
+]
+ODD += ["vt 0 0\nvt 0 0 0\n", "v 1e 0 0\n", "v e 0 0\n", "f 1\n"]
+
+
+@pytest.mark.parametrize("more", ODD)
+def test_obj_that_is_odd_in_any_way_is_read_line_by_line(more, tmp_path):
+    for text in (ABC + more, more + ABC):
+        assert mesh._regular_obj(text.encode("latin-1")) is None
+    assert mesh._regular_obj(b"") is None
 
 
 PLY_HEAD = "comment made by hand\nelement vertex 4\nproperty double x\nproperty float y\nproperty float z\n"

@@ -16,7 +16,7 @@ from chebface.errors import AssetError, InputError, MissingDependencyError
 from chebface.mesh import read_obj
 from chebface.now import metric
 from chebface.now import surface as now_surface
-from chebface.now.surface import Pose, Surface, rotation_about
+from chebface.now.surface import Cloud, Pose, Surface, rotation_about
 
 TURNED = np.linalg.qr(np.random.default_rng(5).standard_normal((3, 3)))[0]
 TURNED = TURNED * np.sign(np.linalg.det(TURNED))
@@ -125,14 +125,13 @@ def test_now_normal_equations_are_those_of_finite_differences(which, monkeypatch
     vertices, faces, _ = make_face()
     surface, pose = Surface(vertices, faces), Pose(1.04, TURNED, np.array([40.0, -70, 300]))
     centre, arm, eps = points.mean(0) + 5, 60.0, 1e-6
-    found = surface.linearize(points, pose, centre, arm)
+    cloud = Cloud(surface, points, centre, arm)
+    found = cloud.linearize(pose)
     jacobian = np.empty((len(points), 7))
     for k in range(7):
         step = np.zeros(7)
         step[k] = eps
-        ahead, behind = (
-            surface.linearize(points, pose.move(sign * step, centre, arm), centre, arm).distances for sign in (1, -1)
-        )
+        ahead, behind = (cloud.linearize(pose.move(sign * step, centre, arm)).distances for sign in (1, -1))
         jacobian[:, k] = (ahead - behind) / (2 * eps)
     assert found.distances.min() > 10 * eps  # none changes sides within a step
     assert np.allclose(found.normal, jacobian.T @ jacobian, rtol=0, atol=1e-4 * np.abs(found.normal).max())
@@ -147,20 +146,66 @@ def test_now_native_code_computes_the_definition_from_any_guess(off, monkeypatch
     pose, centre, arm = Pose(1.0, TURNED, np.array([40.0, -70, 300])), points.mean(0), 60.0
     use("libigl", monkeypatch)
     steps = [np.full(7, off), np.array([0, 2 * off, 0, -off, off, 0, off / 2]), np.zeros(7)]
-    definition = Surface(vertices, faces)
-    wanted = [definition.linearize(points, pose.move(step, centre, arm), centre, arm) for step in steps]
+    definition = Cloud(Surface(vertices, faces), points, centre, arm)
+    wanted = [definition.linearize(pose.move(step, centre, arm)) for step in steps]
+    use("native", monkeypatch)
     for threads in (1, 3):
-        use("native", monkeypatch)
-        surface, near = Surface(vertices, faces, threads), ()
+        cloud = Cloud(Surface(vertices, faces, threads), points, centre, arm)
         for step, right in zip(steps, wanted, strict=True):
-            found = surface.linearize(points, pose.move(step, centre, arm), centre, arm, near)
-            near = found.near
+            found = cloud.linearize(pose.move(step, centre, arm))
             assert np.allclose(found.distances, right.distances, rtol=0, atol=1e-11)
+            assert found.cost == pytest.approx(right.cost, rel=1e-12, abs=1e-20)
             # At a vertex on the surface any triangle around it may be the one whose normal counts.
             apart = right.distances > 1e-9
             if apart.all():
                 assert np.allclose(found.gradient, right.gradient, rtol=1e-6, atol=1e-6 * np.abs(right.gradient).max())
                 assert np.allclose(found.normal, right.normal, rtol=1e-6, atol=1e-6 * np.abs(right.normal).max())
+
+
+def wander(points, seed, far):
+    """Poses for points of make_scan, each nearer to the one before than the last two were."""
+    dice, pose = np.random.default_rng(seed), Pose(1.0, TURNED, np.array([40.0, -70, 300]))
+    for size in far * 0.4 ** np.arange(6):
+        pose = pose.move(size * dice.standard_normal(7), points.mean(0), 60.0)
+        yield pose
+
+
+@pytest.mark.parametrize("far", [0.02, 1, 30])
+def test_now_what_a_cloud_remembers_never_hides_the_nearest_point(far, monkeypatch):
+    use("native", monkeypatch)
+    points, _ = make_scan(count=1201, noise=2)
+    points[::50] += 25 * np.random.default_rng(2).standard_normal((len(points[::50]), 3))
+    vertices, faces, _ = make_face()
+    surface = Surface(vertices, faces)
+    cloud = Cloud(surface, points, points.mean(0), 60.0)
+    for pose in wander(points, 4, far):
+        wanted = pose.scale * surface.nearest(pose.undo(points))[2]
+        assert np.allclose(cloud.linearize(pose).distances, wanted, rtol=0, atol=1e-11)
+    assert np.allclose(wanted, pose.scale * nearest_of_all(pose.undo(points), vertices, faces), rtol=0, atol=1e-10)
+
+
+def test_now_threads_change_not_one_bit():
+    points, marks = make_scan(count=4003)
+    vertices, faces, seven = make_face()
+    one, three = (metric.fit(points, marks, vertices, faces, seven, threads=threads) for threads in (1, 3))
+    assert np.array_equal(one.distances_mm, three.distances_mm) and one.cost == three.cost
+    assert one.start_cost == three.start_cost and np.array_equal(one.rotation, three.rotation)
+
+
+@pytest.mark.parametrize("which", WHICH)
+def test_now_a_thinned_cloud_is_some_of_the_points_from_everywhere(which, monkeypatch):
+    use(which, monkeypatch)
+    points, _ = make_scan(count=1000)
+    vertices, faces, _ = make_face()
+    cloud = Cloud(Surface(vertices, faces), points, points.mean(0), 60.0)
+    some = cloud.thin(7)
+    assert len(some.points) == len(np.unique(some.points, axis=0)) == 143
+    assert all((points == point).all(1).any() for point in some.points)
+    assert np.abs(some.points.mean(0) - points.mean(0)).max() < 0.15 * points.std(0).max()
+    pose = next(wander(points, 1, 1))
+    whole = {tuple(p): d for p, d in zip(points, cloud.linearize(pose).distances, strict=True)}
+    wanted = [whole[tuple(point)] for point in some.points]
+    assert np.allclose(some.linearize(pose).distances, wanted, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("axis", [[0, 0, 0], [1e-9, 0, 0], [0.3, -0.2, 0.5], [0, np.pi, 0], [2, 2, -3]])
@@ -247,10 +292,10 @@ def test_now_a_first_refinement_that_leads_astray_is_not_followed(monkeypatch):
     wanted = metric.fit(points, marks, vertices, faces, seven)
     descend = metric._descend
 
-    def astray(surface, some, pose, state, bend, centre, arm, **rest):
-        if len(some) == len(wanted.kept):
-            return descend(surface, some, pose, state, bend, centre, arm, **rest)
-        return pose.move(np.array([500.0, 0, 0, 0, 0, 0, 0]), centre, arm), state, bend
+    def astray(cloud, pose, state, bend, **rest):
+        if len(cloud.points) == len(wanted.kept):
+            return descend(cloud, pose, state, bend, **rest)
+        return pose.move(np.array([500.0, 0, 0, 0, 0, 0, 0]), cloud.centre, cloud.arm), state, bend
 
     monkeypatch.setattr(metric, "_COARSE", 100)
     monkeypatch.setattr(metric, "_descend", astray)

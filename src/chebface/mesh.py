@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,11 +195,99 @@ def read_obj(path: str | os.PathLike[str]) -> Mesh:
         AssetError: missing, or not a whole OBJ.
     """
     path = Path(path)
+    content = _content(path)
+    mesh = _regular_obj(content) or _any_obj(path, content)
+    return _checked(mesh, path)
+
+
+def _regular_obj(content: bytes) -> Mesh | None:
+    """An OBJ whose lines of a kind are all alike, in bulk. None: it is not so, or something is wrong with it."""
+    content = content.replace(b"\r\n", b"\n").replace(b" \n", b"\n").rstrip().replace(b"  ", b" ")
+    if content.translate(None, _ODD) != content or b"\n " in content or content[:1] == b" ":
+        return None
+    points, textures, polygons = (_lines_of(content + b"\n", word) for word in (b"v ", b"vt ", b"f "))
+    vertices, uv = _alike(points, b"v", _REAL, np.float64), _alike(textures, b"vt", _REAL, np.float64)
+    corners = _alike_corners(polygons)
+    faces = [] if corners is None else [_fans(part) for part in np.moveaxis(corners, 2, 0)]
+    if (
+        (vertices is None or vertices.shape[1] not in (3, 4, 6))
+        or (textures and (uv is None or uv.shape[1] not in (2, 3)))
+        or (polygons and (corners is None or corners.min() < 1 or corners.max() >= 2**31))
+        or (len(faces) == 2 and uv is None)
+    ):
+        return None
+    return Mesh(
+        vertices[:, :3].copy(),
+        faces[0] if faces else np.zeros((0, 3), np.int32),
+        vertices[:, 3:].copy() if vertices.shape[1] == 6 else None,
+        uv[:, :2].copy() if uv is not None and len(faces) == 2 else None,
+        faces[1] if len(faces) == 2 else None,
+    )
+
+
+def _fans(polygons: np.ndarray) -> np.ndarray:
+    """Triangles (R * (C - 2), 3) of one-based polygons (R, C)."""
+    corners = range(1, polygons.shape[1] - 1)
+    return np.stack([polygons[:, [0, k, k + 1]] for k in corners], 1).reshape(-1, 3).astype(np.int32) - 1
+
+
+# What ends a line or parts words besides a line feed and a space, and what joins lines.
+_ODD = bytes([*range(9, 10), *range(11, 14), *range(28, 32), 0x85, 0xA0]) + b"\\"
+_WHOLE, _REAL = b"0123456789", b"0123456789.+-eE"
+
+
+def _lines_of(content: bytes, word: bytes) -> bytes:
+    """All lines that begin with a word and a space, or are the word alone."""
+    letters = np.frombuffer(content, np.uint8)
+    ends = np.flatnonzero(letters == ord("\n")) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    ours = np.ones(len(starts), bool)
+    for k, letter in enumerate(word):
+        place = letters[np.minimum(starts + k, len(letters) - 1)]
+        ours &= (place == letter) | ((place == ord("\n")) & (k == len(word) - 1))
+    first, last = np.flatnonzero(np.diff(ours, prepend=False, append=False)).reshape(-1, 2).T
+    return b"".join([content[a:b] for a, b in zip(starts[first].tolist(), ends[last - 1].tolist(), strict=True)])
+
+
+def _alike(lines: bytes, word: bytes, marks: bytes, kind: type, between: bytes = b"") -> np.ndarray | None:
+    """Numbers (R, C) of lines that have one form: the word and, each after one space, what `marks` makes up."""
+    form = lines[: lines.find(b"\n") + 1].translate(None, marks)
+    columns, count = form.count(b" "), lines.count(b"\n")
+    words = count * columns
+    if not words or form != word + columns * (b" " + between) + b"\n" or lines.translate(None, marks) != form * count:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # how numpy says that there is what is no number
+            numbers: np.ndarray = np.fromstring(lines.translate(bytes.maketrans(b"vtf/", b"    ")), kind, sep=" ")
+    except (ValueError, DeprecationWarning):
+        return None
+    # No word is empty, so as many numbers as words are one each; in "1.5-2", for one, numpy finds two.
+    fits = numbers.size % words == 0 and 0 < numbers.size <= words * (1 + len(between))
+    return numbers.reshape(count, -1) if fits else None
+
+
+def _alike_corners(lines: bytes) -> np.ndarray | None:
+    """The corners (R, C, 1 or 2) of faces in one form: the vertex and, where there is one, the texture point."""
+    form = lines[: lines.find(b"\n")].translate(None, _WHOLE)
+    count = form.count(b" ")
+    between = form[2 : form.find(b" ", 2)] if count > 1 else b""
+    table = _alike(lines, b"f", _WHOLE, np.int64, between)
+    if table is None or count < 3 or between not in (b"", b"/", b"//"):
+        return None
+    each = table.shape[1] // count
+    if each == len(between) + 1:  # every place is filled
+        return table.reshape(-1, count, each)[:, :, :2]
+    hollow = between == b"//" and each == 2 and lines.count(b"//") == table.size // 2
+    return table.reshape(-1, count, 2)[:, :, :1] if hollow else None
+
+
+def _any_obj(path: Path, content: bytes) -> Mesh:
     vertices: list[list[float]] = []
     uv: list[list[float]] = []
     faces: list[tuple[int, int, int]] = []
     uv_faces: list[tuple[int, int, int]] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_lines(content), 1):
         words = line.split()
         if not words or words[0] not in ("v", "vt", "f"):
             continue
@@ -221,14 +310,13 @@ def read_obj(path: str | os.PathLike[str]) -> Mesh:
     whole = bool(uv_faces) and len(uv_faces) == len(faces)
     if whole and any(len(row) != 2 for row in uv):
         raise AssetError(f"mesh {path}: expected texture points with 2 coordinates; export it again")
-    mesh = Mesh(
+    return Mesh(
         table[:, :3],
         np.array(faces, np.int32).reshape(-1, 3),
         table[:, 3:6] if width == 6 else None,
         np.array(uv, np.float64) if whole else None,
         np.array(uv_faces, np.int32) if whole else None,
     )
-    return _checked(mesh, path)
 
 
 _PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"}
@@ -358,8 +446,8 @@ def _content(path: Path) -> bytes:
         raise AssetError(f"mesh {path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def _lines(path: Path) -> list[str]:
-    text = _content(path).decode("latin-1")  # only names and comments can be other than ASCII
+def _lines(content: bytes) -> list[str]:
+    text = content.decode("latin-1")  # only names and comments can be other than ASCII
     return text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines()
 
 

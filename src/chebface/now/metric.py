@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from chebface.errors import InputError
-from chebface.now.surface import Linear, Pose, Surface, check_points, lengths
+from chebface.now.surface import Cloud, Linear, Pose, Surface, check_points, lengths
 
 NOW_RADIUS, STIRLING_RADIUS = 1.4, 1.2  # of the crop, in units of the mean of the two lengths of `crop_scan`
 # Right outer and inner eye corner, left inner and outer, nose bottom, right and left mouth corner: the seven among the
@@ -24,8 +24,9 @@ LANDMARKS_51 = (19, 22, 25, 28, 16, 31, 37)
 
 _COARSE = 2000  # scan vertices of the first refinement
 _WORTH = 3  # times as many there have to be for it to be worth while
-_GAIN = 1e-10  # of the cost: what no further step is made for
+_GAIN = 1e-9  # of the cost: what no further step is made for
 _TRIES = 200  # steps, taken or refused; about ten is usual
+_PART = 20  # one of as many vertices is looked at first
 _OFF = 0.5  # landmarks may be as far from their mesh as half of their own spread
 
 
@@ -132,7 +133,10 @@ def fit(
     sources = _check_landmarks("landmarks", landmarks)
     kept = crop_scan(scan, targets, radius)
     points = scan[kept]
-    gaps = np.array([lengths(points - target).min() for target in targets])
+    for part in (points[::_PART], scan):  # near some of the scan is near the scan
+        gaps = np.array([lengths(part - target).min() for target in targets])
+        if gaps.max() <= _OFF * _spread(targets):
+            break
     _check_near("scan_landmarks_mm", targets, gaps, "scan")
     surface = Surface(vertices, faces, threads)
     _check_near("landmarks", sources, surface.nearest(sources)[2], "mesh")
@@ -141,9 +145,8 @@ def fit(
     if metrical:
         shift = pose.translation if start == "official" else targets.mean(0) - unit_mm * pose.rotation @ sources.mean(0)
         pose = Pose(float(unit_mm), pose.rotation, shift)
-    start_cost, pose, distances = _refine(surface, points, pose, scaling=not metrical)
-    cost = float(distances @ distances)
-    return Fit(distances, kept, pose.scale, pose.rotation, pose.translation, cost, start_cost)
+    start_cost, pose, end = _refine(surface, points, pose, scaling=not metrical)
+    return Fit(end.distances, kept, pose.scale, pose.rotation, pose.translation, end.cost, start_cost)
 
 
 def summarize(distances_mm: np.ndarray) -> dict[str, float]:
@@ -181,35 +184,26 @@ def _procrustes(targets: np.ndarray, sources: np.ndarray) -> Pose:
     return Pose(float(scale), rotation, targets.mean(0) - scale * rotation @ sources.mean(0))
 
 
-def _refine(surface: Surface, points: np.ndarray, start: Pose, *, scaling: bool) -> tuple[float, Pose, np.ndarray]:
-    """The cost at the start, the pose at the minimum, and the distances there."""
+def _refine(surface: Surface, points: np.ndarray, start: Pose, *, scaling: bool) -> tuple[float, Pose, Linear]:
+    """The cost at the start, the pose at the minimum, and what is there."""
     centre = points.mean(0)
     arm = float(np.sqrt(((points - centre) ** 2).sum(1).mean())) or 1.0
-    pose, state, bend = start, surface.linearize(points, start, centre, arm), np.zeros((7, 7))
+    cloud = Cloud(surface, points, centre, arm)
+    pose, state, bend = start, cloud.linearize(start), np.zeros((7, 7))
     start_cost = state.cost
     stride = -(-len(points) // _COARSE)
     if stride >= _WORTH:  # most of the way with a part of the points: the rest is two or three steps with all of them
-        some = np.ascontiguousarray(points[::stride])
-        part = surface.linearize(some, start, centre, arm, tuple(part[::stride] for part in state.near))
-        near, _, guess = _descend(surface, some, start, part, bend, centre, arm, scaling=scaling, gain=1e-6)
-        found = surface.linearize(points, near, centre, arm, state.near)
+        some = cloud.thin(stride)
+        near, _, guess = _descend(some, start, some.linearize(start), bend, scaling=scaling, gain=1e-4)
+        found = cloud.linearize(near)
         if found.cost < start_cost:
-            pose, state, bend = near, found, guess * (len(points) / len(some))
-    pose, state, _ = _descend(surface, points, pose, state, bend, centre, arm, scaling=scaling, gain=_GAIN)
-    return start_cost, pose, state.distances
+            pose, state, bend = near, found, guess * (len(points) / len(some.points))
+    pose, state, _ = _descend(cloud, pose, state, bend, scaling=scaling, gain=_GAIN)
+    return start_cost, pose, state
 
 
 def _descend(
-    surface: Surface,
-    points: np.ndarray,
-    pose: Pose,
-    state: Linear,
-    bend: np.ndarray,
-    centre: np.ndarray,
-    arm: float,
-    *,
-    scaling: bool,
-    gain: float,
+    cloud: Cloud, pose: Pose, state: Linear, bend: np.ndarray, *, scaling: bool, gain: float
 ) -> tuple[Pose, Linear, np.ndarray]:
     """Levenberg-Marquardt, until a step promises less than `gain` of the cost.
 
@@ -230,8 +224,8 @@ def _descend(
         promised = -step[:count] @ (2 * gradient + full @ step[:count])
         if promised <= gain * state.cost:
             break
-        trial = pose.move(step, centre, arm)
-        found = surface.linearize(points, trial, centre, arm, state.near)
+        trial = pose.move(step, cloud.centre, cloud.arm)
+        found = cloud.linearize(trial)
         missed = found.gradient - state.gradient - (found.normal + bend) @ step
         along = missed @ step
         if abs(along) > 1e-3 * np.linalg.norm(missed) * np.linalg.norm(step):

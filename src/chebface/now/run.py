@@ -46,7 +46,7 @@ from chebface.now.dataset import (
 FORMAT = 1
 SETTINGS, SUMMARY, PAIRS = "settings.json", "summary.json", "pairs"
 ERRORS = ("distances_mm", "kept")  # of a pair
-_CHUNK = 4  # images of one subject that go to a process together: the scan is read once for them
+_CHUNK = 4  # images of one subject that go to a process together where there are few subjects
 _MANY = 5  # files that a message names
 _FREE = {"challenges"}  # settings that may differ between runs into one folder
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "IGL_NUM_THREADS")
@@ -186,10 +186,9 @@ def read_distances(output: Path, shots: Iterable[Shot]) -> list[np.ndarray]:
 
 def _score_all(task: Task, shots: list[Shot], jobs: int) -> Iterator[tuple[Shot, str]]:
     """Each image with its error, "" for none, in the order in which they are done."""
-    chunks: list[list[Shot]] = []
-    for _, same in groupby(shots, lambda shot: shot.subject):
-        group = list(same)
-        chunks += [group[k : k + _CHUNK] for k in range(0, len(group), _CHUNK)]
+    groups = [list(same) for _, same in groupby(shots, lambda shot: shot.subject)]
+    size = len(shots) if len(groups) >= 2 * jobs else _CHUNK  # with subjects enough, each scan is read once
+    chunks = [group[k : k + size] for group in groups for k in range(0, len(group), size)]
     if jobs == 1 or len(chunks) < 2:
         yield from ((shot, score_one(task, shot)) for shot in shots)
         return

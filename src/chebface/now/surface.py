@@ -7,7 +7,6 @@ Two implementations of one definition: libigl's tree with numpy, and surface.cpp
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from chebface import native
 from chebface.errors import InputError, MissingDependencyError
 
 _SOURCE = Path(__file__).with_name("surface.cpp")
-_SHARE = 2000  # points that are worth a thread
+_SHARE = 500  # points that are worth a thread
 _STILL = 1e-12  # a point nearer than this, of the largest coordinate, is on the surface
 
 
@@ -65,14 +64,9 @@ class Linear:
     """Distances at a pose and, for the seven parameters of `Pose.move`, the normal equations of their squares."""
 
     distances: np.ndarray  # (S,) float64 d, unsigned
+    cost: float  # the sum of their squares
     gradient: np.ndarray  # (7,) J^T d, with J the derivatives of d
     normal: np.ndarray  # (7, 7) J^T J
-    near: tuple[np.ndarray, ...] = ()  # (S,) int64 triangles of the nearest points, (S, 4) what saves looking again
-
-    @property
-    def cost(self) -> float:
-        """The sum of the squared distances."""
-        return float(self.distances @ self.distances)
 
 
 class Surface:
@@ -81,7 +75,7 @@ class Surface:
     Args:
         vertices: (N, 3) float, any unit.
         faces: (M, 3) int.
-        threads: for `linearize` of many points; 0 for as many as this process may have.
+        threads: for a `Cloud` of many points; 0 for as many as this process may have.
 
     Raises:
         InputError: wrong shapes, numbers that are not finite, no faces, or an index out of range.
@@ -92,13 +86,13 @@ class Surface:
         self.threads = threads if threads > 0 else _count_cores()
         self.vertices = np.ascontiguousarray(check_points("vertices", vertices))
         self.faces = np.ascontiguousarray(_check_faces(faces, len(self.vertices)))
+        self.still = _STILL * float(np.abs(self.vertices).max())
         self._library = _open()
         if self._library is None:
             self._tree = _make_igl_tree(self.vertices, self.faces)
             return
-        count = ctypes.c_int64(len(self.faces))
-        tree = self._library.surface_make(_pointer(self.vertices), _pointer(self.faces), count)
-        self._tree = ctypes.c_void_p(tree)
+        sizes = ctypes.c_int64(len(self.faces)), ctypes.c_double(self.still)
+        self._tree = ctypes.c_void_p(self._library.surface_make(_pointer(self.vertices), _pointer(self.faces), *sizes))
         weakref.finalize(self, self._library.surface_free, self._tree)
 
     def nearest(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -126,73 +120,78 @@ class Surface:
         )
         return closest, triangle, distance
 
-    def linearize(
-        self, points: np.ndarray, pose: Pose, centre: np.ndarray, arm: float, near: tuple[np.ndarray, ...] = ()
-    ) -> Linear:
-        """Distances of points to the mesh at a pose, and their normal equations.
-
-        A distance changes as the nearest point's motion along the line between the two; that the nearest point slides
-        on the surface has no part in it. On the surface itself that line is the normal.
-
-        Args:
-            points: (S, 3) float64, where the pose leads to.
-            pose: of the mesh.
-            centre, arm: (3,), length > 0: see `Pose.move`.
-            near: of an earlier call's answer for these points; it only saves time.
-        """
-        still = _STILL * float(np.abs(self.vertices).max())
-        library = self._library
-        if library is None:
-            return self._linearize(points, pose, centre, arm, still)
-        numbers = np.array([pose.scale, *pose.rotation.ravel(), *pose.translation, *centre, arm], np.float64)
-        points, count = np.ascontiguousarray(points, np.float64), len(points)
-        triangle, seen = (np.array(part) for part in near or (np.full(count, -1, np.int64), np.zeros((count, 4))))
-        distances = np.empty(count)
-
-        def run(part: slice) -> tuple[np.ndarray, np.ndarray]:
-            gradient, normal = np.empty(7), np.empty((7, 7))
-            library.surface_linearize(
-                self._tree,
-                _pointer(points[part]),
-                ctypes.c_int64(part.stop - part.start),
-                _pointer(numbers),
-                ctypes.c_double(still),
-                *(_pointer(array) for array in (triangle[part], seen[part], distances[part], gradient, normal)),
-            )
-            return gradient, normal
-
-        parts = self._cut(count)
-        if len(parts) == 1:
-            sums = [run(parts[0])]
-        else:
-            with ThreadPoolExecutor(len(parts)) as pool:  # a foreign call lets other threads run
-                sums = list(pool.map(run, parts))
-        gradient, normal = (np.sum(both, 0) for both in zip(*sums, strict=True))
-        return Linear(distances, gradient, normal, (triangle, seen))
-
-    def _cut(self, count: int) -> list[slice]:
-        edges = np.linspace(0, count, max(1, min(self.threads, count // _SHARE)) + 1).astype(int)
-        return [slice(int(start), int(stop)) for start, stop in itertools.pairwise(edges)]
-
-    def _linearize(self, points: np.ndarray, pose: Pose, centre: np.ndarray, arm: float, still: float) -> Linear:
-        """The definition of `linearize`."""
-        local = pose.undo(points)  # the mesh stays where its tree was built
-        closest, triangle, distance = self.nearest(local)
-        on = distance <= still
-        direction = (local - closest) / np.where(on, 1, distance)[:, None]
-        direction[on] = self._normals(triangle[on])
-        direction = direction @ pose.rotation.T
-        from_centre = (pose.apply(closest) - centre) / arm
-        growth = np.einsum("sc,sc->s", direction, from_centre)
-        jacobian = -np.column_stack([direction, np.cross(from_centre, direction), growth])
-        distances = distance * pose.scale
-        return Linear(distances, jacobian.T @ distances, jacobian.T @ jacobian)
-
-    def _normals(self, triangle: np.ndarray) -> np.ndarray:
+    def normals(self, triangle: np.ndarray) -> np.ndarray:
+        """Unit normals (P, 3) of triangles (P,); zero for one without area."""
         a, b, c = (self.vertices[self.faces[triangle, k]] for k in range(3))
         normal = np.cross(b - a, c - a)
         length = lengths(normal)[:, None]
-        return np.divide(normal, length, out=np.zeros_like(normal), where=length > 0)
+        unit: np.ndarray = np.divide(normal, length, out=np.zeros_like(normal), where=length > 0)
+        return unit
+
+
+class Cloud:
+    """Points that a surface is laid on. What it takes to know about the surface is kept from pose to pose.
+
+    Args:
+        surface: in its own place and unit.
+        points: (S, 3) float64, where the poses lead to.
+        centre, arm: (3,), length > 0: see `Pose.move`.
+    """
+
+    def __init__(self, surface: Surface, points: np.ndarray, centre: np.ndarray, arm: float) -> None:
+        self.surface, self.centre, self.arm = surface, centre, arm
+        self.points = np.ascontiguousarray(points, np.float64)
+        self._order = np.arange(len(points))
+        self._library = surface._library
+        if self._library is None:
+            return
+        count = ctypes.c_int64(len(points))
+        self._cloud = ctypes.c_void_p(self._library.surface_cloud(_pointer(self.points), count, _pointer(self._order)))
+        weakref.finalize(self, self._library.surface_cloud_free, self._cloud)
+        self._chunks = self._library.surface_chunks(count)
+        threads = max(1, min(surface.threads, len(points) // _SHARE))
+        self._pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+        self._helpers = threads - 1
+
+    def thin(self, stride: int) -> Cloud:
+        """One in `stride` of the points, spread evenly."""
+        return Cloud(self.surface, self.points[self._order[::stride]], self.centre, self.arm)
+
+    def linearize(self, pose: Pose) -> Linear:
+        """Distances of the points to the surface at a pose, and their normal equations.
+
+        A distance changes as the nearest point's motion along the line between the two; that the nearest point slides
+        on the surface has no part in it. On the surface itself that line is the normal.
+        """
+        library = self._library
+        if library is None:
+            return self._linearize(pose)
+        numbers = np.array([pose.scale, *pose.rotation.ravel(), *pose.translation, *self.centre, self.arm], np.float64)
+        taken, distances, sums = np.zeros(1, np.int64), np.empty(len(self.points)), np.empty((self._chunks, 8, 8))
+        given = [self.surface._tree, self._cloud, *map(_pointer, (numbers, taken, distances, sums))]
+        # A foreign call lets other threads run; which of them takes a chunk changes nothing.
+        others = (
+            [self._pool.submit(library.surface_linearize, *given) for _ in range(self._helpers)] if self._pool else []
+        )
+        library.surface_linearize(*given)
+        for other in others:
+            other.result()
+        whole = sums.sum(0)
+        return Linear(distances, float(whole[7, 7]), whole[:7, 7], whole[:7, :7])
+
+    def _linearize(self, pose: Pose) -> Linear:
+        """The definition of `linearize`."""
+        local = pose.undo(self.points)  # the mesh stays where its tree was built
+        closest, triangle, distance = self.surface.nearest(local)
+        on = distance <= self.surface.still
+        direction = (local - closest) / np.where(on, 1, distance)[:, None]
+        direction[on] = self.surface.normals(triangle[on])
+        direction = direction @ pose.rotation.T
+        from_centre = (pose.apply(closest) - self.centre) / self.arm
+        growth = np.einsum("sc,sc->s", direction, from_centre)
+        jacobian = -np.column_stack([direction, np.cross(from_centre, direction), growth])
+        distances = distance * pose.scale
+        return Linear(distances, float(distances @ distances), jacobian.T @ distances, jacobian.T @ jacobian)
 
 
 def rotation_about(axis: np.ndarray) -> np.ndarray:
@@ -245,8 +244,9 @@ def _count_cores() -> int:
 def _open() -> ctypes.CDLL | None:
     library = native.load(_SOURCE)
     if library is not None:
-        library.surface_make.restype = ctypes.c_void_p
-        library.surface_free.argtypes = [ctypes.c_void_p]
+        library.surface_make.restype = library.surface_cloud.restype = ctypes.c_void_p
+        library.surface_free.argtypes = library.surface_cloud_free.argtypes = [ctypes.c_void_p]
+        library.surface_chunks.restype = ctypes.c_int64
     return library
 
 
