@@ -46,9 +46,10 @@ def test_compiles_once_per_content(tmp_path, monkeypatch):
 
 
 @needs_compiler
-def test_a_changed_header_compiles_again(tmp_path):
-    source, header = tmp_path / "sum.cpp", tmp_path / "sum_number.h"
-    source.write_text('#include "sum_number.h"\nextern "C" int answer() { return NUMBER; }\n')
+def test_a_change_in_what_is_included_compiles_again(tmp_path):
+    source, kernel, header = (tmp_path / name for name in ("sum.cpp", "kernel.cpp", "number.h"))
+    source.write_text('#include <cstdint>\n#include "kernel.cpp"\n')
+    kernel.write_text('#include "number.h"\nextern "C" int answer() { return NUMBER; }\n')
     for number in (1, 2):
         header.write_text(f"#define NUMBER {number}\n")
         native.load.cache_clear(), native._load.cache_clear()

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def load(source: Path) -> ctypes.CDLL | None:
     """Compile (or find compiled) and open a library.
 
     Args:
-        source: a C++ file that exports C functions; it may include headers beside it called <its stem>_*.h.
+        source: a C++ file that exports C functions; it may include files beside it.
 
     Returns:
         The library, or None when there is no compiler, compiling fails, or CHEBFACE_NATIVE=0. `why_missing` tells.
@@ -77,7 +78,7 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
     if compiler is None:
         return None, "no C++ compiler found (install g++ or set CXX)"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    code = [path.read_text() for path in (source, *sorted(source.parent.glob(f"{source.stem}_*.h")))]
+    code = [path.read_text() for path in _files(source)]
     parts = (*code, compiler, version, " ".join(FLAGS), platform.machine(), _processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = cache_dir() / "native" / f"{source.stem}-{key}.so"
@@ -94,3 +95,14 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return ctypes.CDLL(str(library)), None
     except OSError as error:  # a cache that cannot be written to, or from which nothing may be run
         return None, f"{library}: {error}"
+
+
+def _files(source: Path) -> list[Path]:
+    """A source and everything beside it that it includes, however deep."""
+    found = [source]
+    for path in found:  # grows as it goes
+        for name in re.findall(r'^\s*#include "(.+?)"', path.read_text(), re.M):
+            near = path.parent / name
+            if near.is_file() and near not in found:
+                found.append(near)
+    return found
