@@ -47,4 +47,4 @@ demo-weights: $(VENV)/demo
 	$(BIN)/chebface train publish runs/demo/regressor.safetensors --held-out runs/held-out -o src/chebface/weights/demo.safetensors
 
 clean:
-	rm -rf $(VENV) out runs triton_models/*/1
+	rm -rf $(VENV) out runs triton_models/*/[0-9]*

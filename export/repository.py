@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chebface import signature
-from chebface.errors import AssetError, MissingDependencyError
+from chebface import operators, signature
+from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.files import write_whole
-from chebface.signature import LEAVES, MODELS, Model, Tensor
-from export.to_onnx import Say, check_graph, read_manifest
+from chebface.repository import FIX, OPERATORS, check_repository, find_model, find_optional, leaf_code, use_python
+from chebface.signature import LEAVES, MODELS, OPTIONAL, Model, Tensor
+from export.graphs import check_graph
+from export.to_onnx import read_manifest
 
-VERSION = "1"
+TARGETS = ("ngc", "pip")
 QUEUE_SIZE = 256  # requests that wait before the server refuses
 QUEUE_TIMEOUT_US = 60_000_000  # the longest that a request may wait; a client's own deadline only shortens it
+
+Say = Callable[[str], None]
+Engines = dict[str, dict[str, Path]]  # model -> compute capability, as "8.9" -> its engine
 
 
 def _type(tensor: Tensor) -> str:
@@ -45,37 +53,63 @@ def _parameters(values: dict[str, str]) -> str:
     )
 
 
-def config_text(model: Model) -> str:
-    """The config.pbtxt of one model, for Triton's native onnxruntime backend (server.py adapts it to the pip server).
+def config_text(
+    model: Model,
+    *,
+    version: int = 1,
+    instances: int = 1,
+    precision: str = "fp32",
+    capabilities: tuple[str, ...] = (),
+) -> str:
+    """The config.pbtxt of one model, for Triton's native backends (chebface.repository adapts it to the pip server).
 
     Facts about one exported file (head, weights) are not here but in the file's own metadata and in what the
-    topology model answers, so that this text changes only with signature.py.
+    topology model answers, so that this text changes only with signature.py and what is asked for here.
+
+    Args:
+        model: of signature.py.
+        version: the one that is served.
+        instances: how many of a leaf run side by side.
+        precision: of the leaf's file.
+        capabilities: of the GPUs that there are engines for, as "8.9"; none serves the ONNX file on the CPU.
     """
     text = f'# Written by `python -m export repository` from src/chebface/signature.py.\nname: "{model.name}"\n'
-    text += (
-        'platform: "ensemble"\n' if model.steps else 'backend: "onnxruntime"\ndefault_model_filename: "model.onnx"\n'
-    )
+    if model.steps:
+        text += 'platform: "ensemble"\n'
+    elif capabilities:
+        text += 'backend: "tensorrt"\n'
+        text += "".join(
+            f'cc_model_filenames {{ key: "{capability}" value: "{_plan_name(capability)}" }}\n'
+            for capability in capabilities
+        )
+    else:
+        text += 'backend: "onnxruntime"\ndefault_model_filename: "model.onnx"\n'
     text += f"max_batch_size: {signature.MAX_BATCH if model.batched else 0}\n"
     text += _tensors("input", model.inputs) + _tensors("output", model.outputs)
-    text += f"version_policy {{ specific {{ versions: [ {VERSION} ] }} }}\n"
+    text += f"version_policy {{ specific {{ versions: [ {version} ] }} }}\n"
     facts = {"chebface.signature": signature.digest()}
     if model.steps:
         text += "ensemble_scheduling {\n"
         for step in model.steps:
-            text += f'  step {{\n    model_name: "{step}"\n    model_version: {VERSION}\n'
+            text += f'  step {{\n    model_name: "{step}"\n    model_version: {version}\n'
             for field, tensors in (("input_map", MODELS[step].inputs), ("output_map", MODELS[step].outputs)):
                 text += "".join(f'    {field} {{ key: "{t.name}" value: "{t.name}" }}\n' for t in tensors)
             text += "  }\n"
         return text + "}\n" + _parameters(facts)
-    text += "instance_group [ { count: 1 kind: KIND_CPU } ]\n"
+    kind = "KIND_GPU" if capabilities else "KIND_CPU"
+    text += f"instance_group [ {{ count: {instances} kind: {kind} }} ]\n"
     if model.batched:
         text += (
             "dynamic_batching {\n  default_queue_policy {\n    timeout_action: REJECT\n"
             f"    default_timeout_microseconds: {QUEUE_TIMEOUT_US}\n    allow_timeout_override: true\n"
             f"    max_queue_size: {QUEUE_SIZE}\n  }}\n}}\n"
         )
-    threads = {"intra_op_thread_count": "1", "inter_op_thread_count": "1"}
-    return text + _warmup(model) + _parameters(threads | facts | {"chebface.precision": "fp32"})
+    threads = {} if capabilities else {"intra_op_thread_count": "1", "inter_op_thread_count": "1"}
+    return text + _warmup(model) + _parameters(threads | facts | {"chebface.precision": precision})
+
+
+def _plan_name(capability: str) -> str:
+    return f"model.sm{capability.replace('.', '')}.plan"
 
 
 def check_config(text: str, model: Model, where: str) -> None:
@@ -120,22 +154,148 @@ def check_config(text: str, model: Model, where: str) -> None:
             )
 
 
-def fill_repository(source: str | Path, repository: str | Path, say: Say = lambda line: None) -> dict[str, Any]:
+def fill_repository(
+    source: str | Path,
+    repository: str | Path,
+    *,
+    target: str = "ngc",
+    version: int = 1,
+    instances: int = 1,
+    engines: str | Path | None = None,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
     """Bring a model repository up to date with exported files; nothing is touched before everything is checked.
 
     Args:
         source: the folder that `export_onnx` wrote.
         repository: the model repository.
+        target: "ngc" for the native backends of NVIDIA's container (`chebface serve` reads it as well), "pip" for a
+            tritonserver that has the Python backend alone.
+        version: the one to write and to serve; the files of other versions stay.
+        instances: how many of each leaf run side by side.
+        engines: folder of TensorRT engines built from these very files; their models are then served by them.
         say: called with one line per step.
 
     Returns:
-        {"repository", "changed": [paths relative to it], "models": {name: sha256 of its file}}.
+        {"repository", "target", "version", "changed": [paths relative to it], "models": {name: sha256 of its file}}.
 
     Raises:
-        AssetError: no export there, it was changed since, or it is not what signature.py says.
+        ConfigError: a target, version or number of instances that cannot be.
+        AssetError: no export there, it was changed since, or it is not what signature.py says; so for engines.
         MissingDependencyError: onnx or tritonclient is not installed.
     """
     source, folder = Path(source), Path(repository)
+    if target not in TARGETS:
+        raise ConfigError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    if version < 1 or instances < 1:
+        raise ConfigError(f"version, instances: expected 1 or more, got {version} and {instances}")
+    if engines is not None and target == "pip":
+        raise ConfigError("engines: the pip server has no TensorRT backend; fill a repository with --target ngc")
+    manifest = _read_export(source)
+    served = {name: model for name, model in MODELS.items() if model.steps or name in manifest["files"]}
+    leaves = {name: model for name, model in served.items() if not model.steps}
+    plans = _find_engines(Path(engines), manifest) if engines is not None else {}
+    files: dict[str, bytes | Path] = {}
+    stale = [folder / name / str(version) / OPERATORS for name in leaves]
+    for name, model in served.items():
+        entry = manifest["files"].get(name, {})
+        text = config_text(
+            model,
+            version=version,
+            instances=instances,
+            precision=entry.get("precision", "fp32"),
+            capabilities=tuple(plans.get(name, ())),
+        )
+        check_config(text, model, f"{name}/config.pbtxt")
+        if name in leaves:
+            text, parts = _leaf_files(text, name, target, source / entry["file"], entry["operators"])
+            parts |= {_plan_name(capability): plan for capability, plan in plans.get(name, {}).items()}
+            files |= {f"{name}/{version}/{file}": content for file, content in parts.items()}
+        files[f"{name}/config.pbtxt"] = text.encode()
+    changed = []
+    for place, content in files.items():  # a configuration comes after what it speaks of
+        (folder / Path(place).parts[0] / str(version)).mkdir(parents=True, exist_ok=True)
+        new = content if isinstance(content, bytes) else content.read_bytes()
+        if not (folder / place).is_file() or (folder / place).read_bytes() != new:
+            write_whole(folder / place, new)
+            changed.append(place)
+    for path in stale:
+        if str(path.relative_to(folder)) not in files and path.is_file():
+            path.unlink()
+            changed.append(str(path.relative_to(folder)))
+    for name in OPTIONAL.keys() - served.keys():
+        if (folder / name).is_dir():  # Triton refuses a repository with an empty model
+            shutil.rmtree(folder / name)
+            say(f"note: {folder / name} removed: this export has no {name}")
+            changed.append(name)
+    say(f"{folder}: {', '.join(changed) if changed else 'up to date'}")
+    models = {name: manifest["files"][name]["sha256"] for name in leaves}
+    return {
+        "repository": str(folder),
+        "target": target,
+        "version": version,
+        "changed": changed,
+        "models": models,
+    }
+
+
+def _leaf_files(config: str, name: str, target: str, onnx_file: Path, kind: str) -> tuple[str, dict[str, bytes | Path]]:
+    """A leaf's configuration for its target, and by name what lies in its version's folder."""
+    files: dict[str, bytes | Path] = {"model.onnx": onnx_file}
+    if kind == "native":
+        if target != "pip":
+            raise ConfigError(
+                f"target: {name}.onnx wants native operators, whose library is compiled for this machine; fill a "
+                "repository with --target pip, or export with --operators standard"
+            )
+        files[OPERATORS] = operators.library()
+    if target == "pip":
+        config = use_python(config, f"{name}/config.pbtxt")
+        files["model.py"] = leaf_code().encode()
+    return config, files
+
+
+def verify_repository(repository: str | Path, say: Say = lambda line: None) -> dict[str, Any]:
+    """Check a repository as it lies there, before a server is asked to load it; nothing is changed.
+
+    Every config.pbtxt is parsed as Triton parses it, every model file opened and compared with signature.py.
+
+    Returns:
+        {"repository", "changed": [], "models": {name: sha256 of its file}}.
+
+    Raises:
+        AssetError: a part is missing, damaged, truncated, or not what signature.py says.
+        MissingDependencyError: onnxruntime or tritonclient is not installed.
+    """
+    folder = check_repository(repository)
+    leaves = LEAVES | find_optional(folder)
+    models = {}
+    for name, model in MODELS.items():
+        config = folder / name / "config.pbtxt"
+        if name in OPTIONAL and name not in leaves:
+            if config.is_file():
+                raise AssetError(f"{config}: has no model file, and Triton refuses that; remove {config.parent}")
+            continue
+        text = config.read_text()
+        check_config(text, model, str(config))
+        if name in leaves:
+            path = find_model(folder, name)
+            if 'backend: "python"' in text and not path.with_name("model.py").is_file():
+                raise AssetError(f"{path.with_name('model.py')} is missing; {FIX}")
+            for plan in _plan_names(text):
+                if not path.with_name(plan).is_file() or not path.with_name(plan).stat().st_size:
+                    raise AssetError(f"{path.with_name(plan)} is missing or empty; {FIX}")
+            models[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    say(f"{folder}: as it should be")
+    return {"repository": str(folder), "changed": [], "models": models}
+
+
+def _plan_names(config: str) -> list[str]:
+    return [line.split('"')[3] for line in config.splitlines() if line.startswith("cc_model_filenames")]
+
+
+def _read_export(source: Path) -> dict[str, Any]:
+    """The manifest of an export whose files are what signature.py says, all of one head."""
     manifest = read_manifest(source)
     if manifest is None:
         raise AssetError(
@@ -147,28 +307,39 @@ def fill_repository(source: str | Path, repository: str | Path, say: Say = lambd
     except ImportError as error:
         raise MissingDependencyError("onnx is not installed: pip install 'chebface[export]'") from error
     heads = set()
-    for name, model in LEAVES.items():
-        path = source / manifest["files"][name]["file"]
+    for name, entry in manifest["files"].items():
+        path = source / entry["file"]
         proto = onnx.load(str(path))
-        check_graph(proto, model, str(path))
-        heads.add({entry.key: entry.value for entry in proto.metadata_props}.get("chebface.head_sha256"))
+        check_graph(proto, MODELS[name], str(path))
+        heads.add({item.key: item.value for item in proto.metadata_props}.get("chebface.head_sha256"))
     if len(heads) != 1 or None in heads:
         raise AssetError(f"{source}: its files were exported for different heads; run `python -m export onnx --force`")
-    texts = {name: config_text(model) for name, model in MODELS.items()}
-    for name, text in texts.items():
-        check_config(text, MODELS[name], f"{name}/config.pbtxt")
-    changed = []
-    for name, text in texts.items():
-        config, version = folder / name / "config.pbtxt", folder / name / VERSION
-        version.mkdir(parents=True, exist_ok=True)
-        if not config.is_file() or config.read_text() != text:
-            write_whole(config, text.encode())
-            changed.append(f"{name}/config.pbtxt")
-        if name in LEAVES:
-            target, wanted = version / "model.onnx", manifest["files"][name]["sha256"]
-            if not target.is_file() or hashlib.sha256(target.read_bytes()).hexdigest() != wanted:
-                write_whole(target, (source / manifest["files"][name]["file"]).read_bytes())
-                changed.append(f"{name}/{VERSION}/model.onnx")
-    say(f"{folder}: {', '.join(changed) if changed else 'up to date'}")
-    models = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    return {"repository": str(folder), "changed": changed, "models": models}
+    return manifest
+
+
+def _find_engines(folder: Path, manifest: dict[str, Any]) -> Engines:
+    """TensorRT's engines of this export by model and compute capability, the reports beside them believed.
+
+    TensorRT-RTX's are passed over: Triton's TensorRT backend reads none.
+    """
+    found: Engines = {}
+    for path in sorted(folder.glob("*.plan")):
+        try:
+            report = json.loads(path.with_suffix(".json").read_text())
+            name, flavour, target = (report[key] for key in ("model", "flavour", "architecture"))
+            digest, source = report["engine"]["sha256"], report["onnx"]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AssetError(f"{path}: no report of an engine beside it ({error!r}); build it again") from error
+        if flavour != "tensorrt":
+            continue
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise AssetError(f"{path}: not the file that its report describes; build it again")
+        if manifest["files"].get(name, {}).get("sha256") != source:
+            raise AssetError(f"{path}: built from another {name}.onnx than the export's; build it again")
+        if not target.removeprefix("sm").isdigit():
+            raise AssetError(f"{path}: built for {target}; Triton chooses by one GPU's capability: build it for one")
+        digits = target.removeprefix("sm")
+        found.setdefault(name, {})[f"{digits[:-1]}.{digits[-1]}"] = path
+    if not found:
+        raise AssetError(f"{folder}: no TensorRT engine of this export there; run `python -m export engine`")
+    return found

@@ -1,65 +1,66 @@
-"""Torch modules to ONNX: opset 18, dynamic batch, names from signature.py, checked against torch before they count.
+"""One folder of checked ONNX files from a checkpoint and a head: made by graphs.py, cast by precision.py, proved by
+parity.py, recorded in manifest.json.
 
-A file gets its final name only after onnx.checker, shape inference, the comparison with signature.py, and a run in
-onnxruntime that agrees with torch at several batch sizes.
+No file gets its final name before onnx.checker, shape inference, the comparison with signature.py, and a run in
+onnxruntime that agrees with float32 torch within the limits of its precision.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
+import io
 import json
-import logging
 import os
+import subprocess
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import chebface
-from chebface import params, signature
-from chebface.errors import AssetError, ChebfaceError, ConfigError, MissingDependencyError
+from chebface import signature
+from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.files import write_whole
-from chebface.signature import DECODE, LEAVES, REGRESS, TOPOLOGY, Model, Tensor
+from chebface.signature import LEAVES, MODELS, Model
+from export import custom, graphs
+from export.custom import BASES
+from export.graphs import OPSET, check_graph, check_opset
+from export.parity import HELD_OUT, SEED, ParityError, check, draw, judge, make_crops, measure
+from export.precision import PRECISIONS, cast, quantize_within
 
 if TYPE_CHECKING:
     import onnx
-    import torch
 
-    from chebface.flame import Flame
+    from chebface.encoder import MeshEncoder
     from chebface.heads import Head
     from chebface.regressor import Regressor
 
-OPSET = 18  # above, some of onnxruntime's CUDA kernels are missing
-MAX_IR = 10
-EXAMPLE_BATCH = 2  # a batch of 1 would be taken for a constant
-CHECK_BATCHES = (1, 2, 5)
-LIMIT_MM = 0.01  # the most that a vertex may move between torch and onnxruntime
-LIMIT_PARAMETERS = 1e-3  # the most that any of the 486 numbers may
+__all__ = ["MANIFEST", "ParityError", "export_onnx", "read_crops", "read_manifest", "write_onnx"]
+
 MANIFEST = "manifest.json"
-ONNX_TYPES = {"FP32": 1, "UINT8": 2, "INT32": 6, "BYTES": 8}  # onnx.TensorProto.DataType
+PICTURE = "parity.png"  # where on the head it is how wrong
+CALIBRATION, CALIBRATION_CROPS = "calibration.json", "calibration.npy"  # int8: ranges and tries, and the crops
+INEXACT = frozenset({"regress", "reconstruct"})  # only these are cast: geometry keeps float32, it costs little
+CALIBRATION_COUNT, CALIBRATION_SEED = 64, SEED + 1
+JUDGED_COUNT, JUDGED_SEED = 16, SEED + 2  # what int8 chooses its layers by; the report's crops are others
+LARGEST = 2**31 - 2**20  # bytes: protobuf ends at 2 GB
+NORMALIZATION = "uint8 RGB rows; (x - 127.5) / 127.5 is inside the graph"
+_CODE = (
+    "arcface",
+    "regressor",
+    "flame",
+    "encoder",
+    "operators",
+    "params",
+    "signature",
+)  # what the bytes follow from, in chebface
+_PROGRAM = ("graphs", "custom", "precision", "parity", "to_onnx")  # and here
 
-
-class ParityError(ChebfaceError):
-    """An exported file does not give what torch gives."""
-
-    exit_code = 3
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far onnxruntime is from torch, at most, over the checked batches."""
-
-    vertex_mm: float
-    landmark_mm: float
-    parameters: float
-    batches: tuple[int, ...] = CHECK_BATCHES
-
+OPERATORS = ("standard", "native")
 
 Say = Callable[[str], None]
 
@@ -69,33 +70,45 @@ def export_onnx(
     *,
     checkpoint: str | Path | None = None,
     head_name: str | None = None,
-    limit_mm: float = LIMIT_MM,
+    encoder: str | Path | None = None,
+    precision: str = "fp32",
+    opset: int = OPSET,
+    operators: str = OPERATORS[0],
+    basis: str = BASES[0],
+    simplify: bool | None = None,
+    crops_for_calibration: np.ndarray | None = None,
     force: bool = False,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
-    """Export regressor, decoder and topology.
+    """Export what is served, in one precision: regress, decode, topology, reconstruct, and encode where there is one.
 
     Args:
-        output: folder for regress.onnx, decode.onnx, topology.onnx and manifest.json.
+        output: folder for NAME.onnx and manifest.json; for int8 also the calibration's crops and ranges.
         checkpoint: weights file; None takes the shipped demo weights.
         head_name: head name or path; None takes the head that the weights were trained for.
-        limit_mm: the most that a vertex may move.
+        encoder: mesh encoder's checkpoint; None takes the shipped one if it is the head's, else encode is left out.
+        precision: one of PRECISIONS; decode, encode and topology stay fp32 whatever it is.
+        opset: of the graphs.
+        operators: of decode and encode: "standard", or "native" for our own kernels, which onnxruntime takes from
+            `chebface.operators.library()`; regress and reconstruct are standard in either.
+        basis: of a native decode, "fp32" or "fp16".
+        simplify: run onnxslim over what was traced; None does so where it is installed.
+        crops_for_calibration: (n, 112, 112, 3) uint8 for int8; None makes synthetic ones of the head.
         force: export even if the recorded digests say that nothing has changed.
-        say: called with one line per step.
+        say: called with one line per step; what the user should know begins with "note:".
 
     Returns:
         The manifest, with `fresh` telling whether anything was written.
 
     Raises:
-        AssetError: weights and head do not fit each other.
+        ConfigError: a precision or opset that cannot be had, or crops of another shape.
+        AssetError: weights, encoder and head do not fit each other.
         ParityError: onnxruntime disagrees with torch; nothing was left behind.
-        MissingDependencyError: torch, onnx or onnxruntime is not installed.
+        MissingDependencyError: torch, onnx, onnxruntime, or an onnxslim that was asked for is not installed.
     """
-    if not limit_mm > 0:
-        raise ConfigError(f"limit_mm: expected above 0, got {limit_mm}")
-    _need("torch", "onnx", "onnxscript", "onnxruntime")
+    _check_wishes(precision, opset, operators, basis, crops_for_calibration)
+    _need("torch", "onnx", "onnxscript", "onnxruntime", *(["onnxslim"] if simplify else []))
     from chebface.checkpoint import check_head, load_regressor
-    from chebface.flame import Flame
     from chebface.heads import open_head
 
     began = time.monotonic()
@@ -103,64 +116,122 @@ def export_onnx(
     regressor, card = load_regressor(Path(checkpoint) if checkpoint else None)
     head = open_head(head_name or card["training"]["head"])
     check_head(card, head)
-    facts = _facts(regressor, head)
+    mesh_encoder, encoder_card = _find_encoder(encoder, head, say)
+    slim = importlib.util.find_spec("onnxslim") is not None if simplify is None else simplify
+    facts = _facts(regressor, head, mesh_encoder) | {
+        "checkpoint_sha256": card.get("sha256", ""),
+        "encoder_sha256": encoder_card.get("sha256", ""),
+        "precision": precision,
+        "opset": opset,
+        "operators": operators,
+        "basis": basis,
+        "onnxslim": importlib.metadata.version("onnxslim") if slim else "",
+        "calibration": _describe_crops(crops_for_calibration) if precision == "int8" else "",
+    }
     manifest = read_manifest(folder)
-    if not force and manifest and manifest["inputs"] == facts and manifest["parity"]["vertex_mm"] <= limit_mm:
+    if not force and manifest and manifest["inputs"] == facts:
         say(f"{folder}: up to date")
         return manifest | {"fresh": False}
-    return write_onnx(folder, regressor, Flame(head), head, facts, limit_mm=limit_mm, say=say, began=began)
+    return write_onnx(
+        folder, regressor, head, mesh_encoder, facts, crops_for_calibration=crops_for_calibration, say=say, began=began
+    )
 
 
 def write_onnx(
     folder: Path,
     regressor: Regressor,
-    flame: Flame,
     head: Head,
+    encoder: MeshEncoder | None,
     facts: dict[str, Any],
     *,
-    limit_mm: float = LIMIT_MM,
+    crops_for_calibration: np.ndarray | None = None,
     say: Say = lambda line: None,
     began: float | None = None,
 ) -> dict[str, Any]:
-    """Write, check and compare the three files, then give them their names and record them. See `export_onnx`."""
-    import torch
+    """Make, check and compare the files, then give them their names and record them. See `export_onnx`."""
+    from chebface.flame import Flame
 
     began = time.monotonic() if began is None else began
-    if (len(head.template), len(head.faces)) != (signature.VERTICES, signature.FACES):
-        raise AssetError(
-            f"head {head.name}: expected {signature.VERTICES} vertices and {signature.FACES} faces, "
-            f"got {len(head.template)} and {len(head.faces)}"
-        )
+    _check_sizes(head, encoder)
     folder.mkdir(parents=True, exist_ok=True)
-    regressor, flame = regressor.eval(), flame.eval()
-    partial = {name: folder / f"{name}.onnx.{os.getpid()}.partial" for name in LEAVES}
-    metadata = {f"chebface.{key}": str(value) for key, value in facts.items()} | {"chebface.precision": "fp32"}
+    flame, precision = Flame(head).eval(), facts["precision"]
+    made, extra = _make(regressor.eval(), flame, head, encoder, facts, crops_for_calibration, say)
+    partial = {name: folder / f"{name}.onnx.{os.getpid()}.partial" for name in made}
+    metadata = {f"chebface.{key}": str(value) for key, value in facts.items() if key != "precision"}
+    metadata |= {"chebface.commit": _commit(), "chebface.normalization": NORMALIZATION}
     try:
-        with torch.no_grad():
-            for model, module in ((REGRESS, _regress_module(regressor)), (DECODE, _decode_module(flame))):
-                say(f"{model.name}: tracing")
-                _write(partial[model.name], _trace(module, model), model, metadata)
-            _write(partial[TOPOLOGY.name], _topology(head), TOPOLOGY, metadata)
-            say(f"comparing onnxruntime with torch at batches {', '.join(map(str, CHECK_BATCHES))}")
-            parity = compare(partial, regressor, flame, head)
-        if not (parity.vertex_mm <= limit_mm and parity.parameters <= LIMIT_PARAMETERS):
-            raise ParityError(
-                f"onnxruntime differs from torch: vertices by {parity.vertex_mm:.6f} mm (limit {limit_mm:g}), "
-                f"parameters by {parity.parameters:.2e} (limit {LIMIT_PARAMETERS:g}); nothing was written"
-            )
+        for name, proto in made.items():
+            kept = precision if name in INEXACT else "fp32"
+            _write(partial[name], proto, MODELS[name], metadata | {"chebface.precision": kept})
+        say(f"comparing onnxruntime with torch on {HELD_OUT} crops that training has not seen")
+        crops, source = make_crops(head, HELD_OUT, SEED)
+        parity = measure(partial, regressor, flame, encoder, crops, source=source)
+        check(parity, "fp16" if (precision, facts["basis"]) == ("fp32", "fp16") else precision)
         manifest = {
             "inputs": facts,
-            "parity": {**vars(parity), "batches": list(parity.batches), "limit_mm": limit_mm, "passed": True},
-            "files": {name: _describe(path, f"{name}.onnx") for name, path in partial.items()},
+            "commit": metadata["chebface.commit"],
+            "parity": parity.report(),
+            "files": {
+                name: _describe(path, f"{name}.onnx")
+                | {"precision": precision if name in INEXACT else "fp32"}
+                | {"operators": facts["operators"] if name in custom.OPERATORS else OPERATORS[0]}
+                for name, path in partial.items()
+            },
         }
+        (folder / MANIFEST).unlink(missing_ok=True)  # from here until it is written anew, the folder is no export
+        for name in MODELS:
+            if name not in partial:
+                (folder / f"{name}.onnx").unlink(missing_ok=True)
         for name, path in partial.items():
             os.replace(path, folder / f"{name}.onnx")
+        for name, content in extra.items():
+            write_whole(folder / name, content)
+        draw(parity, head, folder / PICTURE)
         write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
-    say(f"{folder}: vertices agree within {parity.vertex_mm:.6f} mm (limit {limit_mm:g})")
     return manifest | {"fresh": True, "seconds": round(time.monotonic() - began, 2)}
+
+
+def _make(
+    regressor: Regressor,
+    flame: Any,
+    head: Head,
+    encoder: MeshEncoder | None,
+    facts: dict[str, Any],
+    crops: np.ndarray | None,
+    say: Say,
+) -> tuple[dict[str, onnx.ModelProto], dict[str, bytes]]:
+    """The graphs by name, and by name what else belongs into the folder."""
+    opset, precision = facts["opset"], facts["precision"]
+    extra: dict[str, bytes] = {}
+    say("regress: tracing")
+    regress = graphs.regress_graph(regressor, opset)
+    if facts["onnxslim"]:
+        regress = graphs.simplify_graph(regress)
+    if precision == "int8":
+        crops = make_crops(head, CALIBRATION_COUNT, CALIBRATION_SEED)[0] if crops is None else crops
+        error = judge(regressor, flame, make_crops(head, JUDGED_COUNT, JUDGED_SEED)[0])
+        say(f"regress: calibrating int8 on {len(crops)} crops")
+        regress, cache = quantize_within(regress, crops, error, say=say)
+        buffer = io.BytesIO()
+        np.save(buffer, crops, allow_pickle=False)
+        extra = {CALIBRATION: json.dumps(cache, indent=1).encode() + b"\n", CALIBRATION_CROPS: buffer.getvalue()}
+    say("decode, encode, topology: building" if encoder else "decode, topology: building")
+    decode = graphs.decode_graph(flame, opset)
+    made = {"regress": regress, "decode": decode, "topology": graphs.topology_graph(head, opset)}
+    made["reconstruct"] = graphs.reconstruct_graph(regress, decode)
+    if precision in ("fp16", "bf16"):
+        say(f"regress, reconstruct: casting to {precision}")
+        made |= {name: cast(made[name], precision) for name in sorted(INEXACT)}
+    if encoder is not None:
+        made["encode"] = graphs.encode_graph(encoder, opset)
+    if facts["operators"] == "native":
+        made["decode"] = custom.decode_custom(flame, facts["basis"])
+        if encoder is not None:
+            made["encode"] = custom.encode_custom(encoder)
+    return made, extra
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
@@ -171,10 +242,82 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
         for entry in manifest["files"].values():
             if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
                 return None
-        complete = set(manifest["files"]) == set(LEAVES) and "inputs" in manifest
+        complete = set(LEAVES) <= set(manifest["files"]) <= set(MODELS) and "inputs" in manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if complete else None
+
+
+def read_crops(path: str | Path) -> np.ndarray:
+    """Aligned crops (n, 112, 112, 3) uint8 RGB to calibrate with: an .npy file, or a folder of 112 x 112 pictures.
+
+    Raises:
+        AssetError: nothing there, or not such crops.
+    """
+    path, side = Path(path), signature.CROP_PX
+    wanted = f"expected an .npy file of (n, {side}, {side}, 3) uint8 or a folder of {side} x {side} pictures"
+    try:
+        if path.is_dir():
+            from PIL import Image
+
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in {".png", ".jpg", ".jpeg"})
+            crops = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+        else:
+            crops = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise AssetError(f"calibration crops {path}: {wanted} ({error})") from error
+    if crops.ndim != 4 or crops.shape[1:] != (side, side, 3) or crops.dtype != np.uint8 or not len(crops):
+        raise AssetError(f"calibration crops {path}: {wanted}, got {crops.shape} {crops.dtype}")
+    return crops
+
+
+def _check_wishes(precision: str, opset: int, operators: str, basis: str, crops: np.ndarray | None) -> None:
+    check_opset(opset)
+    if operators not in OPERATORS:
+        raise ConfigError(f"operators: expected {' or '.join(OPERATORS)}, got {operators!r}")
+    if basis not in BASES:
+        raise ConfigError(f"basis: expected {' or '.join(BASES)}, got {basis!r}")
+    if basis != BASES[0] and operators != "native":
+        raise ConfigError(f"basis: {basis} is for native operators only; add operators=native")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "int8" and opset > OPSET:
+        raise ConfigError(f"opset: expected {OPSET} at most for int8, got {opset}; onnxruntime quantises no newer one")
+    side = signature.CROP_PX
+    if crops is not None and (crops.ndim != 4 or crops.shape[1:] != (side, side, 3) or crops.dtype != np.uint8):
+        raise ConfigError(
+            f"crops_for_calibration: expected (n, {side}, {side}, 3) uint8, got {crops.shape} {crops.dtype}"
+        )
+
+
+def _check_sizes(head: Head, encoder: MeshEncoder | None) -> None:
+    if (len(head.template), len(head.faces)) != (signature.VERTICES, signature.FACES):
+        raise AssetError(
+            f"head {head.name}: expected {signature.VERTICES} vertices and {signature.FACES} faces, "
+            f"got {len(head.template)} and {len(head.faces)}"
+        )
+    if encoder is not None and (len(encoder.mean), encoder.fc.out_features) != (
+        signature.VERTICES,
+        signature.DESCRIPTOR_SIZE,
+    ):
+        raise AssetError(
+            f"mesh encoder: expected {signature.VERTICES} vertices and {signature.DESCRIPTOR_SIZE} numbers in the "
+            f"descriptor, got {len(encoder.mean)} and {encoder.fc.out_features}"
+        )
+
+
+def _find_encoder(path: str | Path | None, head: Head, say: Say) -> tuple[MeshEncoder | None, dict[str, Any]]:
+    """The mesh encoder that was asked for, or the shipped one where it is this head's."""
+    from chebface.checkpoint import check_head, load_encoder
+
+    model, card = load_encoder(Path(path) if path else None)
+    trained = card.get("head")
+    if path and trained:  # one that was trained on meshes alone names no head
+        check_head(card, head)
+    if not path and (not trained or trained["sha256"] != head.sha256):
+        say(f"note: no mesh encoder is known for head {head.name}: encode is left out (--encoder FILE gives one)")
+        return None, {}
+    return model.encoder, card
 
 
 def _need(*packages: str) -> None:
@@ -188,124 +331,65 @@ def _describe(path: Path, name: str) -> dict[str, Any]:
     return {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _facts(regressor: Regressor, head: Head) -> dict[str, Any]:
-    """Everything that the exported bytes follow from."""
+def _describe_crops(crops: np.ndarray | None) -> str:
+    if crops is None:
+        return f"synthetic, {CALIBRATION_COUNT}, seed {CALIBRATION_SEED}"
+    return f"given, {len(crops)}, sha256 {hashlib.sha256(np.ascontiguousarray(crops).tobytes()).hexdigest()}"
+
+
+def _facts(regressor: Regressor, head: Head, encoder: MeshEncoder | None) -> dict[str, Any]:
+    """Everything that the exported bytes follow from, but for what was wished."""
     import onnx
     import torch
 
-    weights = hashlib.sha256()
-    for name, tensor in sorted(regressor.state_dict().items()):
-        array = tensor.detach().cpu().contiguous().numpy()
-        weights.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        weights.update(array.tobytes())
-    code = hashlib.sha256(Path(__file__).read_bytes())
-    for module in ("arcface", "regressor", "flame", "params", "signature"):
-        code.update(Path(chebface.__file__).with_name(f"{module}.py").read_bytes())
+    code = hashlib.sha256()
+    for module in (*_CODE, *_PROGRAM):
+        folder = Path(chebface.__file__ if module in _CODE else __file__).parent
+        code.update((folder / f"{module}.py").read_bytes())
     return {
         "version": chebface.__version__,
-        "head": head.name,
-        "head_version": head.version,
-        "head_licence": head.licence,
-        "head_sha256": head.sha256,
-        "weights_sha256": weights.hexdigest(),
+        **{f"head{'_' * (key != 'name')}{key.replace('name', '')}": value for key, value in head.facts.items()},
+        "weights_sha256": _digest(regressor),
+        "encoder_weights_sha256": _digest(encoder) if encoder is not None else "",
         "code_sha256": code.hexdigest(),
         "torch": torch.__version__,
         "onnx": onnx.__version__,
     }
 
 
-def _regress_module(regressor: Regressor) -> torch.nn.Module:
-    import torch
-
-    from chebface.regressor import normalize_crop
-
-    class Regress(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.regressor = regressor
-
-        def forward(self, crop: torch.Tensor) -> torch.Tensor:
-            return self.regressor(normalize_crop(crop))
-
-    return Regress().eval()
+def _digest(module: Any) -> str:
+    weights = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        array = tensor.detach().cpu().contiguous().numpy()
+        weights.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        weights.update(array.tobytes())
+    return weights.hexdigest()
 
 
-def _decode_module(flame: Flame) -> torch.nn.Module:
-    import torch
-
-    class Decode(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.flame = flame
-
-        def forward(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.flame.decode(parameters)
-
-    return Decode().eval()
-
-
-def _trace(module: torch.nn.Module, model: Model) -> onnx.ModelProto:
-    import torch
-
-    kinds = {"FP32": torch.float32, "UINT8": torch.uint8}
-    examples = tuple(torch.zeros(EXAMPLE_BATCH, *t.shape, dtype=kinds[t.dtype]) for t in model.inputs)
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    with _quiet():
-        program = torch.onnx.export(
-            module,
-            examples,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[t.name for t in model.inputs],
-            output_names=[t.name for t in model.outputs],
-            dynamic_shapes=tuple({0: batch} for _ in model.inputs),
-            external_data=False,
-            verbose=False,
-        )
-    if program is None:
-        raise ParityError(f"{model.name}: torch.onnx.export gave nothing")
-    return program.model_proto
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes (torchvision is absent, its own deprecations) off the screen; errors still raise."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _commit() -> str:
+    """The commit that this program lies in, or nothing: then the digest of the code has to do."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _topology(head: Head) -> onnx.ModelProto:
-    """A graph that answers any request with the head's triangles and facts."""
-    from onnx import helper, numpy_helper
-
-    facts = head.facts
-    triangles, text = TOPOLOGY.outputs
-    constants = [
-        numpy_helper.from_array(np.ascontiguousarray(head.faces, np.int32), "triangles"),
-        numpy_helper.from_array(np.array([json.dumps(facts)], object), "facts"),
-    ]
-    graph = helper.make_graph(
-        [
-            helper.make_node("Identity", ["triangles"], [triangles.name]),
-            helper.make_node("Identity", ["facts"], [text.name]),
-        ],
-        TOPOLOGY.name,
-        [helper.make_tensor_value_info(t.name, ONNX_TYPES[t.dtype], t.shape) for t in TOPOLOGY.inputs],
-        [helper.make_tensor_value_info(t.name, ONNX_TYPES[t.dtype], t.shape) for t in TOPOLOGY.outputs],
-        constants,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=MAX_IR)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
 
 
 def _write(path: Path, proto: onnx.ModelProto, model: Model, metadata: dict[str, str]) -> None:
     """Strip what names this machine, add our facts, check, and write the same bytes for the same graph."""
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if size > LARGEST:
+        raise AssetError(
+            f"{path.name}: its {size / 1e9:.1f} GB do not fit one ONNX file (2 GB), and files beside it are not "
+            "written: export a smaller backbone (iresnet100 has 0.26 GB)"
+        )
     for item in (proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         item.ClearField("doc_string")
         item.ClearField("metadata_props")
@@ -320,131 +404,3 @@ def _write(path: Path, proto: onnx.ModelProto, model: Model, metadata: dict[str,
         proto.metadata_props.add(key=key, value=value)
     check_graph(proto, model, path.name)
     path.write_bytes(proto.SerializeToString(deterministic=True))
-
-
-def check_graph(proto: onnx.ModelProto, model: Model, where: str) -> None:
-    """Check a graph by itself and against signature.py.
-
-    Raises:
-        AssetError: it is broken, too new, or its inputs and outputs are not those of the model.
-    """
-    import onnx
-
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise AssetError(f"{where}: not a valid ONNX graph ({error}); export it again") from error
-    opsets = {entry.domain: entry.version for entry in proto.opset_import}
-    if proto.ir_version > MAX_IR or opsets.get("", 0) > OPSET:
-        raise AssetError(
-            f"{where}: expected IR {MAX_IR} and opset {OPSET} at most, got IR {proto.ir_version} and {opsets}"
-        )
-    for kind, tensors, values in (
-        ("input", model.inputs, proto.graph.input),
-        ("output", model.outputs, proto.graph.output),
-    ):
-        wanted = {t.name: _spell(t, model.batched) for t in tensors}
-        found = {value.name: _read_value(value) for value in values}
-        if wanted != found:
-            raise AssetError(f"{where}: {kind}s: signature.py says {wanted}, the file {found}; export it again")
-
-
-def _spell(tensor: Tensor, batched: bool) -> tuple[str, tuple[int | str, ...]]:
-    return tensor.dtype, (("B",) if batched else ()) + tensor.shape
-
-
-def _read_value(value: onnx.ValueInfoProto) -> tuple[str, tuple[int | str, ...]]:
-    names = {number: name for name, number in ONNX_TYPES.items()}
-    kind = value.type.tensor_type
-    shape = tuple("B" if dim.dim_param else dim.dim_value for dim in kind.shape.dim)
-    return names.get(kind.elem_type, f"type {kind.elem_type}"), shape
-
-
-def compare(paths: dict[str, Path], regressor: Regressor, flame: Flame, head: Head) -> Parity:
-    """Run the files in onnxruntime and the modules in torch on the same faces.
-
-    Two ways in: crops through regressor and decoder, and drawn parameters (identity, expression, both poses) through
-    the decoder, since the regressor's own answers move the head little.
-
-    Raises:
-        ParityError: the topology differs.
-    """
-    import onnxruntime
-    import torch
-
-    from chebface.regressor import normalize_crop
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    sessions = {
-        name: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        for name, path in paths.items()
-    }
-    triangles, facts = sessions["topology"].run(None, {"request": np.zeros(1, np.int32)})
-    if not np.array_equal(triangles, head.faces) or json.loads(facts[0])["sha256"] != head.sha256:
-        raise ParityError("topology.onnx does not answer with the head's triangles and facts")
-    vertex_mm = landmark_mm = worst = 0.0
-    rng = np.random.default_rng(5023)
-    for batch in CHECK_BATCHES:
-        crops = draw_crops(rng, batch)
-        (found,) = sessions["regress"].run(None, {"crop": crops})
-        wanted = regressor(normalize_crop(torch.from_numpy(crops))).numpy()
-        worst = _worse(worst, found, wanted)
-        for given, ours in ((wanted, found), (drawn := draw_parameters(rng, batch), drawn)):
-            vertices, landmarks = (t.numpy() for t in flame.decode(torch.from_numpy(given)))
-            answers = sessions["decode"].run(None, {"parameters": ours})
-            vertex_mm = _worse(vertex_mm, 1e3 * answers[0], 1e3 * vertices)
-            landmark_mm = _worse(landmark_mm, 1e3 * answers[1], 1e3 * landmarks)
-    return Parity(vertex_mm, landmark_mm, worst)
-
-
-def _worse(worst: float, found: np.ndarray, wanted: np.ndarray) -> float:
-    """The larger of `worst` and the largest distance between two arrays; (B, N, 3) are points, the rest numbers."""
-    if found.shape != wanted.shape:
-        raise ParityError(f"onnxruntime gives {found.shape}, torch {wanted.shape}")
-    difference = found.astype(np.float64) - wanted
-    error = np.linalg.norm(difference, axis=-1) if difference.ndim == 3 else np.abs(difference)
-    return float("inf") if not np.isfinite(error).all() else max(worst, float(error.max()))
-
-
-def draw_parameters(rng: np.random.Generator, batch: int) -> np.ndarray:
-    """Plausible parameters (B, 486) float32 with turned heads and open jaws."""
-    drawn = rng.normal(0, 1, (batch, params.TOTAL))
-    drawn[:, params.SLICES["expression"]] *= 0.5
-    drawn[:, params.SLICES["pose"]] *= 0.3
-    return drawn.astype(np.float32)
-
-
-def draw_crops(rng: np.random.Generator, batch: int) -> np.ndarray:
-    """Face-like crops (B, 112, 112, 3) uint8: a lit oval with eyes, brows and mouth where the alignment puts them.
-
-    Noise would say little: it drives activations to where faces never do.
-    """
-    y, x = np.mgrid[: signature.CROP_PX, : signature.CROP_PX].astype(np.float64)
-    crops = []
-    for _ in range(batch):
-
-        def blob(at_x: float, at_y: float, width: float, height: float) -> np.ndarray:
-            return np.exp(-(((x - at_x) / width) ** 4) - ((y - at_y) / height) ** 4)[..., None]
-
-        shift, light = rng.normal(0, 1.5, 2), rng.normal(0, 0.25, 2)
-        image = np.broadcast_to(rng.uniform(0, 1, 3), (*x.shape, 3)) * (0.5 + y[..., None] / 224)
-        skin = rng.uniform((0.4, 0.25, 0.2), (0.95, 0.75, 0.65))
-        shade = 1 + light[0] * (x[..., None] - 56) / 56 + light[1] * (y[..., None] - 56) / 56
-        face = blob(56 + shift[0], 62 + shift[1], 42, 58)
-        image = (1 - face) * image + face * skin * shade
-        for at_x, at_y, width, height, tone in (
-            (38.3, 51.7, 7, 3.5, 0.2),
-            (73.5, 51.5, 7, 3.5, 0.2),
-            (38.3, 43, 10, 2, 0.45),
-            (73.5, 43, 10, 2, 0.45),
-            (56, 71.7, 6, 3, 0.75),
-            (56, 92.3, 14, 3, 0.55),
-        ):
-            part = blob(at_x + shift[0], at_y + shift[1], width, height)
-            image = image * (1 - part * (1 - tone))
-        image = image + rng.normal(0, 0.01, image.shape)
-        crops.append((image.clip(0, 1) * 255).round().astype(np.uint8))
-    return np.stack(crops)

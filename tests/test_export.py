@@ -14,31 +14,36 @@ import pytest
 import torch
 from click.testing import CliRunner
 from models_for_tests import scatter_head, stand_in
+from PIL import Image
 
 from chebface import params, signature
+from chebface.checkpoint import load_encoder
 from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.flame import Flame
 from chebface.heads import Head
 from chebface.regressor import Regressor, normalize_crop
-from chebface.signature import DECODE, LEAVES, REGRESS, TOPOLOGY
-from export import cli, to_onnx
-from export.to_onnx import (
-    MANIFEST,
-    ParityError,
-    check_graph,
-    draw_crops,
-    draw_parameters,
-    export_onnx,
-    read_manifest,
-    write_onnx,
-)
+from chebface.signature import DECODE, LEAVES, MODELS
+from export import cli, graphs, to_onnx
+from export.graphs import check_graph
+from export.to_onnx import MANIFEST, ParityError, export_onnx, read_crops, read_manifest, write_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {"version": "0", "head": "scatter", "head_sha256": "0", "weights_sha256": "1"}
+FACTS = {
+    "version": "0",
+    "head": "scatter",
+    "head_sha256": "0",
+    "weights_sha256": "1",
+    "precision": "fp32",
+    "opset": 18,
+    "operators": "standard",
+    "basis": "fp32",
+    "onnxslim": "",
+}
+COUNT = 4  # crops of a comparison
 
 
 class Tiny(torch.nn.Module):
-    """A regressor in form: the crop's 2 x 2 mean colours, mixed."""
+    """A regressor in form: the crop's 2 x 2 mean colors, mixed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +52,24 @@ class Tiny(torch.nn.Module):
 
     def forward(self, crop: torch.Tensor) -> torch.Tensor:
         return self.mix(crop.unflatten(3, (2, 56)).unflatten(2, (2, 56)).mean((3, 5)).flatten(1))
+
+
+def draw_crops(count: int, seed: int = 0) -> np.ndarray:
+    """Blurred patches of color: not noise, which drives activations to where faces never do."""
+    small = np.random.default_rng(seed).integers(0, 256, (count, 7, 7, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(one).resize((112, 112), Image.Resampling.BICUBIC)) for one in small])
+
+
+def draw_parameters(batch: int) -> np.ndarray:
+    return (0.5 * np.random.default_rng(batch).normal(size=(batch, params.TOTAL))).astype(np.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_crops():
+    """The scattered head cannot be drawn: it is no face."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "make_crops", lambda head, count, seed: (draw_crops(min(count, COUNT), seed), "tests"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +83,23 @@ def tiny() -> Tiny:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, scatter: Head, tiny: Tiny) -> Path:
+def encoder():
+    return load_encoder()[0].encoder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, scatter: Head, tiny: Tiny, encoder, cheap_crops) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
-    write_onnx(folder, tiny, Flame(scatter), scatter, FACTS)
+    write_onnx(folder, tiny, scatter, encoder, FACTS)
     return folder
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:
+    """Graphs are read back, not made again."""
+    monkeypatch.setattr(graphs, "regress_graph", lambda regressor, opset: onnx.load(exported / "regress.onnx"))
+    monkeypatch.setattr(graphs, "decode_graph", lambda flame, opset: onnx.load(exported / "decode.onnx"))
+    monkeypatch.setattr(graphs, "encode_graph", lambda encoder, opset: onnx.load(exported / "encode.onnx"))
 
 
 def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -72,7 +108,7 @@ def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("batch", [1, 3, signature.MAX_BATCH])
 def test_regressor_is_torchs(exported: Path, tiny: Tiny, batch: int) -> None:
-    crops = draw_crops(np.random.default_rng(batch), batch)
+    crops = draw_crops(batch)
     (found,) = run(exported / "regress.onnx", {"crop": crops})
     with torch.no_grad():
         wanted = tiny(normalize_crop(torch.from_numpy(crops))).numpy()
@@ -83,16 +119,16 @@ def test_crop_goes_in_as_uint8_rgb_rows(exported: Path, tiny: Tiny) -> None:
     crop = np.zeros((1, 112, 112, 3), np.uint8)
     crop[:, :56, 56:, 0] = 255  # red in the upper right quarter
     (found,) = run(exported / "regress.onnx", {"crop": crop})
-    colours = torch.full((1, 3, 2, 2), -1.0)  # black is -1, full is +1
-    colours[0, 0, 0, 1] = 1.0
+    colors = torch.full((1, 3, 2, 2), -1.0)  # black is -1, full is +1
+    colors[0, 0, 0, 1] = 1.0
     with torch.no_grad():
-        wanted = tiny.mix(colours.flatten(1)).numpy()
+        wanted = tiny.mix(colors.flatten(1)).numpy()
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 3, signature.MAX_BATCH])
+@pytest.mark.parametrize("batch", [1, signature.MAX_BATCH])
 def test_decoder_is_torchs(exported: Path, scatter: Head, batch: int) -> None:
-    parameters = draw_parameters(np.random.default_rng(batch), batch)
+    parameters = draw_parameters(batch)
     vertices, landmarks = run(exported / "decode.onnx", {"parameters": parameters})
     wanted = Flame(scatter).decode(torch.from_numpy(parameters))
     np.testing.assert_allclose(vertices, wanted[0], atol=1e-6)
@@ -102,6 +138,13 @@ def test_decoder_is_torchs(exported: Path, scatter: Head, batch: int) -> None:
 def test_decoder_at_rest_gives_the_template(exported: Path, scatter: Head) -> None:
     vertices, _ = run(exported / "decode.onnx", {"parameters": np.zeros((1, params.TOTAL), np.float32)})
     np.testing.assert_allclose(vertices[0], scatter.template, atol=1e-6)
+
+
+def test_encoder_is_torchs(exported: Path, encoder) -> None:
+    meshes = encoder.mean[None].numpy() + 0.003
+    with torch.no_grad():
+        wanted = encoder(torch.from_numpy(meshes)).numpy()
+    np.testing.assert_allclose(run(exported / "encode.onnx", {"vertices": meshes})[0], wanted, rtol=1e-3)
 
 
 def test_topology_is_the_heads(exported: Path, scatter: Head) -> None:
@@ -115,14 +158,16 @@ def test_topology_is_the_heads(exported: Path, scatter: Head) -> None:
     }
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", MODELS)
 def test_files_are_what_signature_says(exported: Path, name: str) -> None:
     proto = onnx.load(exported / f"{name}.onnx")
-    check_graph(proto, LEAVES[name], name)
+    check_graph(proto, MODELS[name], name)
     assert proto.ir_version <= 10
     assert {(entry.domain, entry.version) for entry in proto.opset_import} == {("", 18)}
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    assert metadata == {f"chebface.{key}": value for key, value in FACTS.items()} | {"chebface.precision": "fp32"}
+    assert metadata.pop("chebface.commit") == to_onnx._commit()
+    assert "(x - 127.5) / 127.5" in metadata.pop("chebface.normalization")
+    assert metadata == {f"chebface.{key}": str(value) for key, value in FACTS.items()}
 
 
 def test_files_name_no_path_of_this_machine(exported: Path) -> None:
@@ -132,9 +177,9 @@ def test_files_name_no_path_of_this_machine(exported: Path) -> None:
             assert trace.encode() not in content, (path.name, trace)
 
 
-def test_same_bytes_again(exported: Path, scatter: Head, tiny: Tiny, tmp_path: Path) -> None:
-    write_onnx(tmp_path, tiny, Flame(scatter), scatter, FACTS)
-    for name in (*(f"{name}.onnx" for name in LEAVES), MANIFEST):
+def test_same_bytes_again(exported: Path, scatter: Head, tiny: Tiny, encoder, tmp_path: Path) -> None:
+    write_onnx(tmp_path, tiny, scatter, encoder, FACTS)
+    for name in (*(f"{name}.onnx" for name in MODELS), MANIFEST):
         assert (tmp_path / name).read_bytes() == (exported / name).read_bytes(), name
 
 
@@ -142,9 +187,11 @@ def test_manifest_records_files_and_parity(exported: Path) -> None:
     manifest = read_manifest(exported)
     assert manifest["inputs"] == FACTS
     assert manifest["parity"]["passed"] is True
-    assert 0 < manifest["parity"]["vertex_mm"] < 0.01
-    assert sorted(manifest["files"]) == sorted(LEAVES)
-    assert sorted(path.name for path in exported.iterdir()) == sorted([MANIFEST, *(f"{name}.onnx" for name in LEAVES)])
+    assert sorted(manifest["files"]) == sorted(MODELS)
+    assert {entry["precision"] for entry in manifest["files"].values()} == {"fp32"}
+    assert sorted(path.name for path in exported.iterdir()) == sorted(
+        [MANIFEST, "parity.png", *(f"{name}.onnx" for name in MODELS)]
+    )
 
 
 def test_manifest_of_changed_files_does_not_count(exported: Path, tmp_path: Path) -> None:
@@ -159,29 +206,23 @@ def test_manifest_of_changed_files_does_not_count(exported: Path, tmp_path: Path
     assert read_manifest(tmp_path) is None
 
 
-def wrong_colours(regressor: torch.nn.Module) -> torch.nn.Module:
-    """The classic mistake: blue where red should be."""
-
-    class Wrong(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.regressor = regressor
-
-        def forward(self, crop: torch.Tensor) -> torch.Tensor:
-            return self.regressor(normalize_crop(crop).flip(1))
-
-    return Wrong().eval()
+def damage(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """One weight, by a fifth."""
+    tensor = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array.flat[np.abs(array).argmax()] *= 1.2
+    tensor.raw_data = array.tobytes()
+    return proto
 
 
-def test_parity_failure_leaves_nothing(
-    exported: Path, scatter: Head, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["regress", "decode"])
+def test_damaged_weight_leaves_nothing(
+    cheap: None, exported: Path, scatter: Head, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    trace = to_onnx._trace
-    decoder = onnx.load(exported / "decode.onnx")
-    monkeypatch.setattr(to_onnx, "_trace", lambda module, model: decoder if model is DECODE else trace(module, model))
-    monkeypatch.setattr(to_onnx, "_regress_module", wrong_colours)
-    with pytest.raises(ParityError, match=r"vertices by .* mm \(limit 0.01\)"):
-        write_onnx(tmp_path, tiny, Flame(scatter), scatter, FACTS)
+    made = damage(onnx.load(exported / f"{name}.onnx"))
+    monkeypatch.setattr(graphs, f"{name}_graph", lambda module, opset: made)
+    with pytest.raises(ParityError):
+        write_onnx(tmp_path, tiny, scatter, None, FACTS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,73 +231,83 @@ def test_parity_failure_keeps_the_last_good_export(
 ) -> None:
     for path in exported.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(to_onnx, "_trace", lambda module, model: stand_in(model))
+    monkeypatch.setattr(graphs, "regress_graph", lambda regressor, opset: stand_in(MODELS["regress"]))
     with pytest.raises(ParityError):
-        write_onnx(tmp_path, tiny, Flame(scatter), scatter, FACTS)
+        write_onnx(tmp_path, tiny, scatter, None, FACTS)
     assert read_manifest(tmp_path) == read_manifest(exported)
 
 
-def test_exporter_that_gives_nothing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: None)
-    with pytest.raises(ParityError, match="gave nothing"):
-        to_onnx._trace(tiny, REGRESS)
+def test_head_without_encoder_has_no_such_file(
+    cheap: None, exported: Path, scatter: Head, tiny: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / "encode.onnx").write_bytes((exported / "encode.onnx").read_bytes())  # an older export had one
+    manifest = write_onnx(tmp_path, tiny, scatter, None, FACTS)
+    assert sorted(manifest["files"]) == sorted([*LEAVES, "reconstruct"])
+    assert not (tmp_path / "encode.onnx").exists()
+    assert read_manifest(tmp_path) is not None
 
 
-def test_topology_of_another_head_is_no_parity(exported: Path, tiny: Tiny) -> None:
-    other = scatter_head(seed=1)
-    paths = {name: exported / f"{name}.onnx" for name in LEAVES}
-    with pytest.raises(ParityError, match="triangles and facts"):
-        to_onnx.compare(paths, tiny, Flame(other), other)
+def test_full_disk_leaves_nothing_that_looks_complete(
+    cheap: None, exported: Path, scatter: Head, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in exported.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(to_onnx, "write_whole", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_onnx(tmp_path, tiny, scatter, None, FACTS)
+    assert read_manifest(tmp_path) is None
+    assert not list(tmp_path.glob("*.partial"))
 
 
-def test_not_finite_or_not_the_shape_is_no_parity() -> None:
-    assert to_onnx._worse(1.0, np.full((1, 2), np.nan), np.zeros((1, 2))) == float("inf")
-    assert to_onnx._worse(0.0, np.full((1, 2, 3), 1.0), np.zeros((1, 2, 3))) == pytest.approx(3**0.5)
-    with pytest.raises(ParityError, match="gives"):
-        to_onnx._worse(0.0, np.zeros((1, 2)), np.zeros((2, 2)))
+def test_too_large_for_one_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_onnx, "LARGEST", 1000)
+    with pytest.raises(AssetError, match="do not fit one ONNX file"):
+        to_onnx._write(tmp_path / "decode.onnx", stand_in(DECODE), DECODE, {})
 
 
-def test_head_of_another_size_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_head_or_encoder_of_another_size_is_refused(tiny: Tiny, scatter: Head, encoder, tmp_path: Path) -> None:
     from heads_for_tests import make_head
 
-    head = make_head()
     with pytest.raises(AssetError, match="expected 5023 vertices and 9976 faces"):
-        write_onnx(tmp_path, tiny, Flame(head), head, FACTS)
+        write_onnx(tmp_path, tiny, make_head(), None, FACTS)
+    other = torch.nn.Module()
+    other.mean, other.fc = encoder.mean, torch.nn.Linear(640, 12)
+    with pytest.raises(AssetError, match="8 numbers in the descriptor, got 5023 and 12"):
+        write_onnx(tmp_path, tiny, scatter, other, FACTS)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("wish", "message"),
     [
-        (lambda proto: setattr(proto.graph.output[0], "name", "params"), "not a valid ONNX graph"),
-        (lambda proto: setattr(proto, "ir_version", 13), "IR 10"),
-        (lambda proto: setattr(proto.opset_import[0], "version", 21), "opset 18 at most"),
-        (lambda proto: proto.graph.input[0].type.tensor_type.shape.dim[0].ClearField("dim_param"), "signature.py says"),
+        ({"precision": "int4"}, "precision: expected one of fp32, fp16, bf16, int8, got 'int4'"),
+        ({"opset": 15}, "opset: expected 18 to 21, got 15"),
+        ({"precision": "int8", "opset": 21}, "18 at most for int8"),
+        ({"crops_for_calibration": np.zeros((2, 112, 112), np.uint8)}, "crops_for_calibration: expected"),
     ],
 )
-def test_graphs_that_are_not_ours_are_refused(change, message: str) -> None:
-    proto = stand_in(TOPOLOGY if "valid" in message or "at most" in message else DECODE)
-    change(proto)
-    with pytest.raises(AssetError, match=message):
-        check_graph(proto, DECODE if "signature" in message else TOPOLOGY, "file")
+def test_wishes_that_cannot_be(tmp_path: Path, wish: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_onnx(tmp_path, **wish)
 
 
-def test_graph_of_another_model_is_refused() -> None:
-    with pytest.raises(AssetError, match=r"inputs: signature.py says .*'crop'.*, the file .*'parameters'"):
-        check_graph(stand_in(DECODE), REGRESS, "regress.onnx")
-
-
-def test_drawn_crops_and_parameters_are_seeded_and_varied() -> None:
-    one, two = (draw_crops(np.random.default_rng(3), 4) for _ in range(2))
-    assert np.array_equal(one, two)
-    assert one.shape == (4, 112, 112, 3)
-    assert one.dtype == np.uint8
-    assert len({crop.tobytes() for crop in one}) == 4
-    assert draw_parameters(np.random.default_rng(3), 4).dtype == np.float32
-
-
-def test_limit_must_be_above_zero(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="limit_mm"):
-        export_onnx(tmp_path, limit_mm=0.0)
+def test_crops_are_read_from_an_array_or_pictures(tmp_path: Path) -> None:
+    crops = draw_crops(3)
+    np.save(tmp_path / "crops.npy", crops)
+    assert np.array_equal(read_crops(tmp_path / "crops.npy"), crops)
+    (tmp_path / "pictures").mkdir()
+    for i, crop in enumerate(crops):
+        Image.fromarray(crop).save(tmp_path / "pictures" / f"{i}.png")
+    assert np.array_equal(read_crops(tmp_path / "pictures"), crops)
+    np.save(tmp_path / "flat.npy", crops[0])
+    (tmp_path / "empty").mkdir()
+    for bad in ("flat.npy", "nothing.npy", "empty"):
+        with pytest.raises(AssetError, match=rf"calibration crops .*{bad}: expected an .npy file"):
+            read_crops(tmp_path / bad)
 
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,36 +317,52 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def shelf(monkeypatch: pytest.MonkeyPatch, exported: Path, scatter: Head, tiny: Tiny) -> dict:
-    """The stand-ins where export_onnx looks for weights and head; tracing is made cheap."""
+def shelf(monkeypatch: pytest.MonkeyPatch, cheap: None, scatter: Head, tiny: Tiny, encoder) -> dict:
+    """The stand-ins where export_onnx looks for weights, head and encoder."""
     facts = {"name": scatter.name, "version": scatter.version, "sha256": scatter.sha256}
-    card = {"head": facts, "training": {"head": scatter.name}}
-    asked: dict = {"card": card}
-    monkeypatch.setattr(to_onnx, "_trace", lambda module, model: onnx.load(exported / f"{model.name}.onnx"))
+    card = {"head": facts, "training": {"head": scatter.name}, "sha256": "7"}
+    model = torch.nn.Module()
+    model.encoder = encoder
+    asked: dict = {"card": card, "encoder_card": {"head": facts, "sha256": "8"}}
     monkeypatch.setattr("chebface.checkpoint.load_regressor", lambda path=None: (tiny, card))
+    monkeypatch.setattr("chebface.checkpoint.load_encoder", lambda path=None: (model, asked["encoder_card"]))
     monkeypatch.setattr("chebface.heads.open_head", lambda name="open": asked.update(head=name) or scatter)
     return asked
 
 
 def test_up_to_date_export_is_left_alone(shelf: dict, tmp_path: Path) -> None:
-    first = export_onnx(tmp_path)
+    first = export_onnx(tmp_path, simplify=False)
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert first["fresh"] is True
     assert shelf["head"] == "scatter"
+    assert {"checkpoint_sha256": "7", "encoder_sha256": "8", "head": "scatter"}.items() <= first["inputs"].items()
     said: list[str] = []
-    again = export_onnx(tmp_path, say=said.append)
+    again = export_onnx(tmp_path, simplify=False, say=said.append)
     assert again == {key: value for key, value in first.items() if key != "seconds"} | {"fresh": False}
     assert said == [f"{tmp_path}: up to date"]
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
     (tmp_path / "topology.onnx").write_bytes(b"")
-    assert export_onnx(tmp_path)["fresh"] is True
-    assert export_onnx(tmp_path, force=True)["fresh"] is True
+    assert export_onnx(tmp_path, simplify=False)["fresh"] is True
+    assert export_onnx(tmp_path, simplify=False, force=True)["fresh"] is True
 
 
-def test_weights_of_another_head_are_refused(shelf: dict, tmp_path: Path) -> None:
-    shelf["card"]["head"] = shelf["card"]["head"] | {"sha256": "f" * 64}
+def test_weights_or_encoder_of_another_head_are_refused(shelf: dict, tmp_path: Path) -> None:
+    other = shelf["card"]["head"] | {"sha256": "f" * 64}
+    shelf["encoder_card"]["head"] = other
+    with pytest.raises(AssetError, match="trained on head"):
+        export_onnx(tmp_path, encoder=tmp_path / "encoder.safetensors")
+    shelf["card"]["head"] = other
     with pytest.raises(AssetError, match="trained on head"):
         export_onnx(tmp_path)
+
+
+def test_shipped_encoder_of_another_head_is_left_out(shelf: dict, tmp_path: Path) -> None:
+    shelf["encoder_card"]["head"] = shelf["card"]["head"] | {"sha256": "f" * 64}
+    said: list[str] = []
+    report = export_onnx(tmp_path, simplify=False, say=said.append)
+    assert "encode" not in report["files"]
+    assert report["inputs"]["encoder_sha256"] == ""
+    assert said[0].startswith("note: no mesh encoder is known for head scatter")
 
 
 def invoke(*words: str):
@@ -309,12 +376,32 @@ def test_command_writes_reports_and_repeats(shelf: dict, tmp_path: Path) -> None
     report = json.loads(done.stdout)
     assert report["ok"]
     assert report["fresh"]
-    assert len(report["changed"]) == 7
+    assert len(report["changed"]) == 9
     again = invoke("all", "-o", onnx_folder, "--repository", models)
     assert again.exit_code == 0
     assert again.stdout.count("up to date") == 2
     assert invoke("repository", "-o", onnx_folder, "--repository", models, "-q").output == ""
-    assert "at most" in invoke("onnx", "-o", onnx_folder).stdout
+    checked = invoke("repository", "--check", "--repository", models)
+    assert checked.exit_code == 0
+    assert "as it should be" in checked.stdout
+    (models / "decode" / "1" / "model.onnx").write_bytes(b"")
+    assert invoke("repository", "--check", "--repository", models).exit_code == 1
+    table = invoke("onnx", "-o", onnx_folder).stdout
+    for name in MODELS:
+        assert f"{name}.onnx" in table
+
+
+def test_int8_is_another_name_for_a_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict] = []
+    monkeypatch.setattr(cli, "export_onnx", lambda output, **options: asked.append(options) or {})
+    monkeypatch.setattr(cli, "_summary", lambda report, output: "")
+    for words in ((), ("--half",), ("--int8",), ("--precision", "bf16", "--no-simplify", "--opset", "20")):
+        assert invoke("onnx", "-o", tmp_path, *words).exit_code == 0
+    assert [options["precision"] for options in asked] == ["fp32", "fp16", "int8", "bf16"]
+    assert (asked[0]["simplify"], asked[3]["simplify"], asked[3]["opset"]) == (None, False, 20)
+    wrong = invoke("onnx", "--precision", "fp61")
+    assert wrong.exit_code == 2
+    assert "fp16" in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -324,6 +411,7 @@ def test_command_writes_reports_and_repeats(shelf: dict, tmp_path: Path) -> None
         (MissingDependencyError("m"), 4),
         (ConfigError("c"), 2),
         (AssetError("a"), 1),
+        (OSError("o"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -364,10 +452,12 @@ def test_real_network_exports_within_the_limit(scatter: Head, tmp_path: Path) ->
     for module in regressor.modules():
         if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
             module.momentum = None
-    crops = normalize_crop(torch.from_numpy(draw_crops(np.random.default_rng(0), 8)))
+    crops = normalize_crop(torch.from_numpy(draw_crops(8, seed=3)))
     with torch.no_grad():  # an untrained network answers all alike; statistics of real-looking crops wake it
         regressor.train()(crops)
         spread = regressor.eval()(crops).std(0).mean()
-    manifest = write_onnx(tmp_path, regressor, Flame(scatter), scatter, FACTS)
+    manifest = write_onnx(tmp_path, regressor, scatter, None, FACTS)
     assert spread > 1e-2
-    assert manifest["parity"]["vertex_mm"] < 0.01
+    assert manifest["parity"]["passed"] is True
+    norms = [n for n in onnx.load(tmp_path / "regress.onnx").graph.node if n.op_type == "BatchNormalization"]
+    assert len(norms) <= 1

@@ -31,6 +31,7 @@ LAYERS = [
     {"render.view"},
     {"render", "render.raster", "render.light"},
     {"detect"},
+    {"operators"},
     {"camera", "mesh", "photo", "crop", "native"},
     {"signature", "config", "cache", "files", "command"},
     {"params"},
@@ -56,8 +57,8 @@ DOORS = {
 }
 TORCH_FREE = (
     *("params", "signature", "config", "errors", "cache", "files", "command", "mesh", "detect", "crop", "photo"),
-    *("camera", "face", "native", "pipeline", "client", "server", "repository", "wheel", "leaf", "cli", "cli_now"),
-    *("render.raster", "render.light", "render.view", "now", "now.predict"),
+    *("camera", "face", "native", "operators", "pipeline", "client", "server", "repository", "wheel", "leaf", "cli"),
+    *("cli_now", "render.raster", "render.light", "render.view", "now", "now.predict"),
 )
 CEILING = 600  # lines of a module
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "manager"}

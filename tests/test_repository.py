@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ from models_for_tests import stand_in
 from tritonclient.grpc import model_config_pb2
 
 from chebface import signature
-from chebface.errors import AssetError, MissingDependencyError
-from chebface.repository import check_repository
-from chebface.signature import LEAVES, MODELS, REGRESS, Model
-from export.repository import check_config, config_text, fill_repository
+from chebface.errors import AssetError, ConfigError, MissingDependencyError
+from chebface.repository import check_repository, find_model, leaf_code, materialise
+from chebface.signature import LEAVES, MODELS, OPTIONAL, REGRESS, Model
+from export.repository import check_config, config_text, fill_repository, verify_repository
 from export.to_onnx import MANIFEST, _describe
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVED = [name for name in MODELS if name not in OPTIONAL]  # the stand-in head has no mesh encoder
 
 
 def parse(model: Model):
@@ -44,7 +46,8 @@ def write(folder: Path, name: str, proto: onnx.ModelProto, head: str = "0") -> N
 
 
 def record(folder: Path) -> None:
-    files = {name: _describe(folder / f"{name}.onnx", f"{name}.onnx") for name in LEAVES}
+    standard = {"operators": "standard", "precision": "fp32"}
+    files = {name: _describe(folder / f"{name}.onnx", f"{name}.onnx") | standard for name in LEAVES}
     (folder / MANIFEST).write_text(json.dumps({"inputs": {}, "files": files}))
 
 
@@ -131,7 +134,7 @@ def test_filled_repository_is_complete_and_filled_once(source: Path, tmp_path: P
     models = tmp_path / "models"
     first = fill_repository(source, models)
     assert sorted(first["changed"]) == sorted(
-        [*(f"{name}/config.pbtxt" for name in MODELS), *(f"{name}/1/model.onnx" for name in LEAVES)]
+        [*(f"{name}/config.pbtxt" for name in SERVED), *(f"{name}/1/model.onnx" for name in LEAVES)]
     )
     assert check_repository(models) == models.resolve()
     assert (models / "reconstruct" / "1").is_dir()
@@ -177,3 +180,157 @@ def test_missing_packages_are_named(source: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'chebface\[export\]'"):
         fill_repository(source, tmp_path / "models")
+
+
+def test_older_version_stays_beside_the_one_that_is_served(source: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    fill_repository(source, models)
+    report = fill_repository(source, models, version=2, instances=3)
+    assert "decode/2/model.onnx" in report["changed"]
+    assert (models / "decode" / "1" / "model.onnx").is_file()
+    assert find_model(models, "decode") == models / "decode" / "2" / "model.onnx"
+    text = (models / "reconstruct" / "config.pbtxt").read_text()
+    assert text.count("model_version: 2") == 2
+    assert "count: 3" in (models / "decode" / "config.pbtxt").read_text()
+    check_repository(models)
+    run_time = materialise(models, tmp_path / "run")
+    assert (run_time / "decode" / "2" / "model.py").read_text() == leaf_code()
+
+
+def test_pip_target_is_what_serving_makes(source: Path, tmp_path: Path) -> None:
+    pip, ngc = tmp_path / "pip", tmp_path / "ngc"
+    fill_repository(source, pip, target="pip")
+    fill_repository(source, ngc)
+    made = materialise(ngc, tmp_path / "run")
+    again = materialise(pip, tmp_path / "again")
+    for path in (p for p in made.rglob("*") if p.is_file()):
+        relative = path.relative_to(made)
+        assert (pip / relative).read_bytes() == path.read_bytes() == (again / relative).read_bytes(), relative
+    assert sorted(verify_repository(pip)["models"]) == sorted(LEAVES)
+    (pip / "decode" / "1" / "model.py").unlink()
+    with pytest.raises(AssetError, match=r"model.py is missing"):
+        verify_repository(pip)
+
+
+@pytest.mark.parametrize(
+    "wish", [{"target": "ngx"}, {"version": 0}, {"instances": 0}, {"target": "pip", "engines": "x"}]
+)
+def test_repository_that_cannot_be(source: Path, tmp_path: Path, wish: dict) -> None:
+    with pytest.raises(ConfigError):
+        fill_repository(source, tmp_path / "models", **wish)
+    assert not (tmp_path / "models").exists()
+
+
+def test_encoder_goes_with_the_export_that_had_it(source: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    fill_repository(source, models)
+    (models / "encode").mkdir()
+    (models / "encode" / "config.pbtxt").write_text(config_text(MODELS["encode"]))
+    with pytest.raises(AssetError, match="has no model file, and Triton refuses that"):
+        verify_repository(models)
+    said: list[str] = []
+    assert fill_repository(source, models, say=said.append)["changed"] == ["encode"]
+    assert said[0].startswith("note:")
+    assert not (models / "encode").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[: len(content) // 2], "onnxruntime cannot read it"),
+        (lambda content: b"", "onnxruntime cannot read it"),
+        (lambda content: stand_in(REGRESS).SerializeToString(), "are not those of signature.py"),
+    ],
+)
+def test_damaged_model_file_is_named(source: Path, tmp_path: Path, damage, message: str) -> None:
+    models = tmp_path / "models"
+    fill_repository(source, models)
+    path = models / "decode" / "1" / "model.onnx"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(AssetError, match=rf"decode.1.model.onnx.*{message}"):
+        verify_repository(models)
+
+
+def test_config_of_no_one_version_is_refused(source: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    fill_repository(source, models)
+    config = models / "decode" / "config.pbtxt"
+    config.write_text(config.read_text().replace("versions: [ 1 ]", "versions: [ 1, 2 ]"))
+    with pytest.raises(AssetError, match="expected one version_policy of one specific version"):
+        check_repository(models)
+
+
+@pytest.fixture
+def engines(source: Path, tmp_path: Path) -> Path:
+    """What `python -m export engine` would leave for decode, in form."""
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    write_engine(folder, source)
+    return folder
+
+
+def write_engine(folder: Path, source: Path, **changes: object) -> None:
+    report = {
+        "model": "decode",
+        "flavour": "tensorrt",
+        "architecture": "sm89",
+        "engine": {"sha256": hashlib.sha256(b"engine").hexdigest()},
+        "onnx": {"sha256": hashlib.sha256((source / "decode.onnx").read_bytes()).hexdigest()},
+    }
+    (folder / "decode.sm89.trt10.fp32.plan").write_bytes(b"engine")
+    (folder / "decode.sm89.trt10.fp32.json").write_text(json.dumps(report | changes))
+
+
+def test_engines_are_served_by_capability(source: Path, engines: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    fill_repository(source, models, engines=engines)
+    text = (models / "decode" / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    assert config.backend == "tensorrt"
+    assert dict(config.cc_model_filenames) == {"8.9": "model.sm89.plan"}
+    assert (models / "decode" / "1" / "model.sm89.plan").read_bytes() == b"engine"
+    assert 'backend: "onnxruntime"' in (models / "regress" / "config.pbtxt").read_text()
+    verify_repository(models)
+    (models / "decode" / "1" / "model.sm89.plan").write_bytes(b"")
+    with pytest.raises(AssetError, match="missing or empty"):
+        verify_repository(models)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flavour": "tensorrt_rtx"}, "no TensorRT engine of this export"),
+        ({"engine": {"sha256": "0"}}, "not the file that its report describes"),
+        ({"onnx": {"sha256": "0"}}, "built from another decode.onnx"),
+        ({"architecture": "sm80plus"}, "built for sm80plus"),
+        ({"engine": None}, "no report of an engine"),
+    ],
+)
+def test_engine_that_does_not_fit_is_refused(
+    source: Path, engines: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    write_engine(engines, source, **changes)
+    with pytest.raises(AssetError, match=message):
+        fill_repository(source, tmp_path / "models", engines=engines)
+    assert not (tmp_path / "models").exists()
+
+
+def test_native_operators_bring_their_library_and_go_with_them(source, tmp_path, monkeypatch):
+    library = tmp_path / "ort.so"
+    library.write_bytes(b"compiled")
+    monkeypatch.setattr("chebface.operators.library", lambda: library)
+    manifest = json.loads((source / MANIFEST).read_text())
+
+    def say(kind):
+        manifest["files"]["decode"]["operators"] = kind
+        (source / MANIFEST).write_text(json.dumps(manifest))
+
+    say("native")
+    with pytest.raises(ConfigError, match="decode.onnx wants native operators.*--target pip"):
+        fill_repository(source, tmp_path / "models")
+    fill_repository(source, tmp_path / "models", target="pip")
+    assert (tmp_path / "models/decode/1/operators.so").read_bytes() == b"compiled"
+    assert not (tmp_path / "models/regress/1/operators.so").exists()
+    say("standard")
+    changed = fill_repository(source, tmp_path / "models", target="pip")["changed"]
+    assert changed == ["decode/1/operators.so"] and not (tmp_path / "models/decode/1/operators.so").exists()

@@ -25,7 +25,10 @@ class TritonPythonModel:
         options.intra_op_num_threads = threads.get("intra_op_thread_count", 1)
         options.inter_op_num_threads = threads.get("inter_op_thread_count", 1)
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are shared
-        path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
+        folder = os.path.join(args["model_repository"], args["model_version"])
+        path, operators = os.path.join(folder, "model.onnx"), os.path.join(folder, "operators.so")
+        if os.path.exists(operators):  # our own kernels, which the file names
+            options.register_custom_ops_library(operators)
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.batched = config["max_batch_size"] > 0
         self.inputs = [tensor["name"] for tensor in config["input"]]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from chebface import signature
 from chebface.errors import AssetError, MissingDependencyError
-from chebface.signature import LEAVES, MODELS
+from chebface.signature import LEAVES, MODELS, OPTIONAL, Model
 
 ONNX_TYPES = {"FP32": "tensor(float)", "UINT8": "tensor(uint8)", "INT32": "tensor(int32)", "BYTES": "tensor(string)"}
+
+OPERATORS = "operators.so"  # beside a model.onnx that wants chebface.operators
+FIX = "`python -m export all` fills a model repository"
+_SERVED = re.compile(r"^version_policy \{ specific \{ versions: \[ ([1-9][0-9]*) \] \} \}$", re.MULTILINE)
+_BACKEND = re.compile(r'^backend: "(\w+)"$', re.MULTILINE)
 
 
 def check_repository(repository: str | Path) -> Path:
     """Make sure that a model repository is complete before a server is asked to load it.
 
     Every model of signature.py must have its config.pbtxt, every leaf a model file whose tensors are those of
-    signature.py.
+    signature.py; of the optional ones, those that have a model file.
 
     Returns:
         The repository's resolved path.
@@ -26,19 +32,21 @@ def check_repository(repository: str | Path) -> Path:
         MissingDependencyError: onnxruntime is not installed.
     """
     folder = Path(repository).resolve()
-    fix = "`python -m export all` fills a model repository"
     if not folder.is_dir():
-        raise AssetError(f"model repository {folder}: not found; {fix}")
+        raise AssetError(f"model repository {folder}: not found; {FIX}")
+    leaves = LEAVES | find_optional(folder)
     for name in MODELS:
         config = folder / name / "config.pbtxt"
+        if name in OPTIONAL and name not in leaves:
+            continue
         if not config.is_file():
-            raise AssetError(f"model repository {folder}: {name}/config.pbtxt is missing; {fix}")
+            raise AssetError(f"model repository {folder}: {name}/config.pbtxt is missing; {FIX}")
         if f'"{signature.digest()}"' not in config.read_text():
-            raise AssetError(f"{config}: was written for another version of signature.py; {fix}")
-    for name, model in LEAVES.items():
-        path = folder / name / "1" / "model.onnx"
+            raise AssetError(f"{config}: was written for another version of signature.py; {FIX}")
+    for name, model in leaves.items():
+        path = find_model(folder, name)
         if not path.is_file():
-            raise AssetError(f"model repository {folder}: {name}/1/model.onnx is missing; {fix}")
+            raise AssetError(f"model repository {folder}: {path.relative_to(folder)} is missing; {FIX}")
         session = _open_model(path)
         lead = 1 if model.batched else 0
         for kind, want, got in (
@@ -53,6 +61,31 @@ def check_repository(repository: str | Path) -> Path:
                     f"got {_spell(found)}; export it again with `python -m export all`"
                 )
     return folder
+
+
+def find_model(repository: Path, name: str) -> Path:
+    """Where the ONNX file of a model lies: in the version that its config.pbtxt serves. It need not exist.
+
+    Raises:
+        AssetError: the configuration is missing, or does not name one version.
+    """
+    config = repository / name / "config.pbtxt"
+    if not config.is_file():
+        raise AssetError(f"model repository {repository}: {name}/config.pbtxt is missing; {FIX}")
+    return config.parent / _served_version(config) / "model.onnx"
+
+
+def find_optional(repository: Path) -> dict[str, Model]:
+    """The optional models that a repository has: those with a model file."""
+    configured = {name: model for name, model in OPTIONAL.items() if (repository / name / "config.pbtxt").is_file()}
+    return {name: model for name, model in configured.items() if find_model(repository, name).is_file()}
+
+
+def _served_version(config: Path) -> str:
+    found = _SERVED.findall(config.read_text())
+    if len(found) != 1:
+        raise AssetError(f"{config}: expected one version_policy of one specific version, got {len(found)}; {FIX}")
+    return str(found[0])
 
 
 def _spell(tensors: dict[str, tuple[str, tuple[int, ...], bool]]) -> str:
@@ -70,32 +103,59 @@ def _open_model(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
+    if (library := path.with_name(OPERATORS)).is_file():
+        options.register_custom_ops_library(str(library))
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (failures.Fail, failures.InvalidProtobuf, failures.InvalidGraph, failures.NotImplemented) as error:
+    except _refusals(failures) as error:
         raise AssetError(f"{path}: onnxruntime cannot read it ({error}); run `python -m export all`") from error
 
 
+def _refusals(failures: Any) -> tuple[type[Exception], ...]:
+    """What onnxruntime raises for a damaged, truncated or empty file; the classes share no root."""
+    names = ("Fail", "InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NotImplemented", "RuntimeException")
+    return tuple(getattr(failures, name) for name in names)
+
+
+def use_python(config: str, where: str) -> str:
+    """A leaf's config.pbtxt for the pip server, whose only backend is the Python one; already so is well, too.
+
+    Raises:
+        AssetError: it is for neither backend.
+    """
+    if _BACKEND.findall(config) == ["python"]:
+        return config
+    for old, new in (('backend: "onnxruntime"', 'backend: "python"'), ('"model.onnx"', '"model.py"')):
+        if config.count(old) != 1:
+            raise AssetError(f"{where}: expected one {old}; write it again with `python -m export repository`")
+        config = config.replace(old, new)
+    return config
+
+
+def leaf_code() -> str:
+    """The model.py of every leaf under the Python backend."""
+    return Path(__file__).with_name("leaf.py").read_text()
+
+
 def materialise(repository: Path, folder: Path) -> Path:
-    """Copy a repository for the pip server, whose only backend is the Python one: same files, leaf.py as model.py.
+    """Make what the pip server reads of a repository: leaf.py as model.py, links to the model files.
 
     Raises:
         AssetError: a config.pbtxt was edited beyond recognition.
     """
-    code = Path(__file__).with_name("leaf.py").read_text()
+    absent = OPTIONAL.keys() - find_optional(repository)
     for name, model in MODELS.items():
-        version = folder / name / "1"
+        if name in absent:
+            continue
+        source = repository / name / "config.pbtxt"
+        config, version = source.read_text(), folder / name / _served_version(source)
         version.mkdir(parents=True)
-        config = (repository / name / "config.pbtxt").read_text()
         if not model.steps:
-            for old, new in (('backend: "onnxruntime"', 'backend: "python"'), ('"model.onnx"', '"model.py"')):
-                if config.count(old) != 1:
-                    raise AssetError(
-                        f"{repository / name / 'config.pbtxt'}: expected one {old}; "
-                        "write it again with `python -m export repository`"
-                    )
-                config = config.replace(old, new)
-            (version / "model.py").write_text(code)
-            (version / "model.onnx").symlink_to(repository / name / "1" / "model.onnx")
+            config = use_python(config, str(source))
+            (version / "model.py").write_text(leaf_code())
+            model_file = find_model(repository, name)
+            for file in (model_file, model_file.with_name(OPERATORS)):
+                if file.is_file():
+                    (version / file.name).symlink_to(file)
         (folder / name / "config.pbtxt").write_text(config)
     return folder

@@ -1,4 +1,4 @@
-"""The kernels as onnxruntime custom operators, for serving on CPUs: ort.cpp, compiled at first use.
+"""The kernels as onnxruntime custom operators, for serving on CPUs: kernels/ort.cpp, compiled at first use.
 
     chebface::Encode   vertices (B, N, 3) m -> descriptor (B, codes)                      cpu.cpp
     chebface::Decode   parameters (B, 486) -> vertices (B, N, 3), landmarks (B, 68, 3) m  decode.cpp
@@ -27,7 +27,7 @@ from chebface.errors import MissingDependencyError
 
 DOMAIN, VERSION = "chebface", 1
 TILE = 32  # vertices of a tile of Decode's basis: kTile in decode.cpp
-_SOURCE = Path(__file__).with_name("ort.cpp")
+_SOURCE = Path(__file__).with_name("kernels") / "ort.cpp"
 
 
 def library() -> Path:
