@@ -326,7 +326,7 @@ def test_native_operators_bring_their_library_and_go_with_them(source, tmp_path,
         (source / MANIFEST).write_text(json.dumps(manifest))
 
     say("native")
-    with pytest.raises(ConfigError, match="decode.onnx wants native operators.*--target pip"):
+    with pytest.raises(ConfigError, match=r"decode\.onnx wants native operators.*--target pip"):
         fill_repository(source, tmp_path / "models")
     fill_repository(source, tmp_path / "models", target="pip")
     assert (tmp_path / "models/decode/1/operators.so").read_bytes() == b"compiled"
