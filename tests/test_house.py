@@ -17,9 +17,10 @@ PROGRAMS = sorted([*(ROOT / "export").glob("*.py"), *(ROOT / "bench").glob("*.py
 # A module imports only from lines below its own (and from its own folder).
 LAYERS = [
     {"cli"},
-    {"cli_now"},
+    {"cli_now", "cli_serve"},
     {"descriptor_report"},
     {"train_encoder", "train"},
+    {"canary", "supervise", "proxy"},
     {"objective", "held_out", "snapshot", "reconstruct", "server", "client", "leaf"},
     {"repository", "wheel", "now"},
     {"pipeline", "data", "foreign"},
@@ -44,9 +45,9 @@ DOORS = {
     "tensorrt": ("export/",),
     "tensorrt_rtx": ("export/",),
     "tensorrt_rtx_bindings": ("export/",),
-    "click": ("cli.py", "cli_now.py", "command.py", "export/", "bench/"),
+    "click": ("cli.py", "cli_now.py", "cli_serve.py", "command.py", "export/", "bench/"),
     "anny": ("heads/",),
-    "onnxruntime": ("detect.py", "foreign_onnx.py", "repository.py", "leaf.py", "export/"),
+    "onnxruntime": ("canary.py", "detect.py", "foreign_onnx.py", "repository.py", "leaf.py", "export/"),
     "safetensors": ("checkpoint.py", "foreign.py"),
     "nvdiffrast": ("render/",),
     "pytorch3d": ("render/",),
@@ -58,7 +59,7 @@ DOORS = {
 TORCH_FREE = (
     *("params", "signature", "config", "errors", "cache", "files", "command", "mesh", "detect", "crop", "photo"),
     *("camera", "face", "native", "operators", "pipeline", "client", "server", "repository", "wheel", "leaf", "cli"),
-    *("cli_now", "render.raster", "render.light", "render.view", "now", "now.predict"),
+    *("cli_now", "cli_serve", "canary", "supervise", "proxy", "render.raster", "render.light", "render.view", "now", "now.predict"),
 )
 CEILING = 600  # lines of a module
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "manager"}

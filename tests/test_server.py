@@ -88,7 +88,7 @@ def test_answers_after_start(running: Server) -> None:
     assert running.started_in_s > 0
     assert set(running.ports) == {"grpc", "http", "metrics"}
     assert running.url == f"127.0.0.1:{running.ports['grpc']}"
-    for name in MODELS:
+    for name in (*LEAVES, "reconstruct"):
         assert get(running, f"/v2/models/{name}/versions/1/ready") == 200
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chebface import __version__, cli_now
+from chebface import __version__, cli_now, cli_serve
 from chebface.command import FILE, FOLDER, guarded, json_option, print_json, progress_bar
 from chebface.errors import ChebfaceError
 
@@ -156,30 +156,7 @@ def _say(row: dict[str, Any]) -> None:
         click.echo(f"  the largest of {row['faces'][0]['found']} faces; --all-faces takes every one")
 
 
-@main.command()
-@click.option("--repository", type=FOLDER, default=Path("triton_models"), show_default=True, help="What to serve.")
-@click.option("--grpc-port", type=int, default=8001, show_default=True, help="For Client.")
-@click.option("--http-port", type=int, default=8000, show_default=True, help="For everything else that speaks KServe.")
-@click.option("--metrics-port", type=int, default=8002, show_default=True, help="Prometheus.")
-@click.option("--ngc", is_flag=True, help="Only print the command that serves the same models in NVIDIA's container.")
-@guarded
-def serve(repository: Path, grpc_port: int, http_port: int, metrics_port: int, ngc: bool) -> None:
-    """Serve the models on 127.0.0.1 with the Triton server of the nvidia-pytriton wheel, until Ctrl-C or SIGTERM."""
-    from chebface.server import Server, stop_signals
-    from chebface.wheel import ngc_command
-
-    if ngc:
-        click.echo(ngc_command(repository))
-        return
-    made = Server(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
-    try:
-        with stop_signals(), made as server:
-            click.echo(f"serving on {server.url} (gRPC) and {server.http_url}; ready in {server.started_in_s:.1f} s")
-            click.echo(f"  chebface reconstruct PHOTO --server {server.url}")
-            click.echo(f"the same models in NVIDIA's container:\n  {ngc_command(repository)}")
-            server.watch()
-    except KeyboardInterrupt:
-        click.echo("stopped")
+main.add_command(cli_serve.serve)
 
 
 @main.group()

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -32,11 +33,26 @@ from chebface.signature import BUSY_TEXTS, DEAD_TEXTS, MODELS, Tensor
 from chebface.wheel import HOST, Wheel, find_wheel, make_environment
 
 RESTRICTED = ("model-repository", "model-config", "shared-memory", "statistics", "trace", "logging")
+ADMIN_NAME = "chebface-key"  # of the header that opens the restricted interfaces
+HARDENED = (  # what any Triton server of ours is started with, here and in a container
+    "--model-control-mode=none",
+    "--exit-on-error=true",
+    "--strict-readiness=true",
+    "--disable-auto-complete-config",
+    "--allow-sagemaker=false",
+    "--allow-vertex-ai=false",
+    "--reuse-grpc-port=false",
+    "--reuse-http-port=false",
+    "--metrics-config=summary_latencies=true",  # quantiles, not only sums
+)
 PORT_ATTEMPTS = 3  # a free port may be lost between its choice and its use
 PORT_TAKEN = "already in use"
 SILENCES = 3  # checks in a row without an answer before a server that is running counts as lost
 LOG_TAIL = 30  # lines shown when the server fails
 SHM = Path("/dev/shm")
+FOLDER = "chebface-server-"  # begins the name of each running server's folder, in the system's temporary one
+_OWNER = "owner"  # a file in it: locked while anything of the server lives; holds its prefix in shared memory
+_PREFIX = re.compile(r"(chebface_[0-9]+_[0-9a-f]{8}_)?")
 BROKEN_STOP_S = 2.0  # a server whose Python stub died never ends by itself
 
 
@@ -65,7 +81,7 @@ class Server:
 
         Args:
             repository: the model repository as `python -m export all` leaves it.
-            grpc_port, http_port, metrics_port: None takes a free one.
+            grpc_port, http_port, metrics_port: None takes a free one, and keeps it over restarts.
             start_timeout_s: how long loading and warming may take.
             stop_timeout_s: how long requests in flight may take to finish before the server is killed.
             log_path: keep the server's log here; None keeps it only while the server runs.
@@ -74,7 +90,7 @@ class Server:
             ConfigError: a port or time out of range, or a port given twice.
         """
         self.repository = Path(repository).resolve()
-        self._wanted = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+        self._wanted: dict[str, int | None] = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         given = [port for port in self._wanted.values() if port is not None]
         for name, port in self._wanted.items():
             if port is not None and not 1 <= port <= 65535:
@@ -91,9 +107,11 @@ class Server:
         self._shm_prefix = ""
         self._broken = False
         self._starter = 0
+        self._owner: int | None = None
         self._last_log = ""
+        self.swept: list[str] = []
         self.ports: dict[str, int] = {}
-        self.admin_header = ("chebface-key", secrets.token_hex(16))
+        self.admin_header = (ADMIN_NAME, secrets.token_hex(16))
         self.started_in_s = 0.0
 
     def __enter__(self) -> Server:
@@ -139,7 +157,7 @@ class Server:
         return self.ports[name]
 
     def start(self) -> Server:
-        """Start the server and wait until a face has gone through it.
+        """Start the server and wait until a face has gone through it. What killed runs left is removed (`swept`).
 
         Raises:
             AssetError: the repository is not filled, or a model file is not what signature.py says.
@@ -151,14 +169,16 @@ class Server:
                 raise ServerUnavailableError(f"the server is already started (pid {self._process.pid})")
             check_repository(self.repository)
             wheel = find_wheel(self.repository)
+            self.swept = sweep()
             began = time.monotonic()
             for attempt in range(PORT_ATTEMPTS):
                 ports = _choose_ports(self._wanted)
                 self._starter = os.getpid()
                 atexit.register(self.stop)
                 try:
-                    self._folder = Path(tempfile.mkdtemp(prefix="chebface-server-"))
+                    self._folder = Path(tempfile.mkdtemp(prefix=FOLDER))
                     self._shm_prefix = f"chebface_{os.getpid()}_{secrets.token_hex(4)}_"
+                    self._owner = hold(self._folder, self._shm_prefix)
                     self._launch(wheel, self._folder, ports)
                     self.ports = ports
                     self._await_ready(began + self._start_timeout_s)
@@ -168,6 +188,7 @@ class Server:
                     lost = isinstance(error, ServerUnavailableError) and PORT_TAKEN in str(error)
                     if not lost or attempt == PORT_ATTEMPTS - 1:
                         raise
+            self._wanted = dict(ports)  # who talks to it finds it again after a restart
             self.started_in_s = time.monotonic() - began
             return self
 
@@ -191,33 +212,24 @@ class Server:
             f"--cache-directory={wheel.caches}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             "--backend-config=python,stub-timeout-seconds=120",
-            "--model-control-mode=none",
-            "--exit-on-error=true",
-            "--strict-readiness=true",
-            "--disable-auto-complete-config",
-            "--allow-sagemaker=false",
-            "--allow-vertex-ai=false",
+            *HARDENED,
             f"--exit-timeout-secs={max(1, round(self._stop_timeout_s))}",
             f"--http-restricted-api={','.join(RESTRICTED)}:{key}={value}",
             f"--grpc-restricted-protocol={','.join(RESTRICTED)}:{key}={value}",
-            "--reuse-grpc-port=false",
-            "--reuse-http-port=false",
         ]
         for name, port in ports.items():
             command += [f"--{name}-address={HOST}", f"--{name}-port={port}"]
-        setpriv = shutil.which("setpriv")
-        if setpriv and threading.current_thread() is threading.main_thread():  # the kernel watches the calling thread
-            command = [setpriv, "--pdeathsig", "TERM", "--", *command]  # so that a killed parent leaves no server
         log = self._log_path or folder / "server.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as output:
             self._process = subprocess.Popen(
-                command,
+                end_with_us(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env=make_environment(wheel, libraries),
+                pass_fds=() if self._owner is None else (self._owner,),
                 start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, so that requests drain
             )
 
@@ -308,8 +320,12 @@ class Server:
         _check_answer(json.loads(body[:length]), model.outputs)
         return (time.monotonic() - began) * 1e3
 
-    def watch(self, every_s: float = 10.0) -> None:
+    def watch(self, every_s: float = 10.0, *, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Stay until the server fails; a blank crop goes through it from time to time. Busy is no failure.
+
+        Args:
+            every_s: from one crop to the next.
+            meanwhile: called several times a second.
 
         Raises:
             ServerUnavailableError, ServerError: it died or stopped answering (with the log's end).
@@ -320,6 +336,7 @@ class Server:
             while time.monotonic() < due:
                 if not self.is_running():
                     raise ServerUnavailableError(f"the server died; {self._tail()}")
+                meanwhile()
                 time.sleep(0.2)
             try:
                 self.check()
@@ -360,8 +377,62 @@ class Server:
                 self._last_log = self.log
                 shutil.rmtree(self._folder, ignore_errors=True)
                 self._folder = None
+            if self._owner is not None:
+                os.close(self._owner)
+                self._owner = None
             self.ports = {}
             atexit.unregister(self.stop)
+
+
+def end_with_us(command: list[str]) -> list[str]:
+    """The command, such that a killed parent does not leave it running (where util-linux is installed)."""
+    setpriv = shutil.which("setpriv")
+    if setpriv and threading.current_thread() is threading.main_thread():  # the kernel watches the calling thread
+        return [setpriv, "--pdeathsig", "TERM", "--", *command]
+    return command
+
+
+def hold(folder: Path, shm_prefix: str = "") -> int:
+    """Mark a FOLDER as in use, by an open file that its processes inherit: when the last has ended, `sweep` takes it.
+
+    Returns:
+        The file's number; to be closed.
+    """
+    import fcntl
+
+    partial = folder / f"{_OWNER}.partial"
+    file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    os.write(file, shm_prefix.encode())
+    partial.rename(folder / _OWNER)  # never seen without its lock
+    return file
+
+
+def sweep() -> list[str]:
+    """Remove what killed runs left: folders whose processes have all ended, and their shared memory.
+
+    Returns:
+        The paths that were removed.
+    """
+    import fcntl
+
+    swept: list[str] = []
+    for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*/{_OWNER}"):
+        with contextlib.suppress(OSError):  # another user's, or somebody is at work there
+            file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                prefix = os.read(file, 99).decode(errors="replace")
+                if os.fstat(file).st_uid != os.getuid() or not _PREFIX.fullmatch(prefix):
+                    continue
+                for region in SHM.glob(f"{prefix}*") if prefix else ():
+                    region.unlink(missing_ok=True)
+                    swept.append(str(region))
+                shutil.rmtree(path.parent)
+                swept.append(str(path.parent))
+            finally:
+                os.close(file)
+    return swept
 
 
 def _await_end(group: int, most_s: float = 1.0) -> None:
