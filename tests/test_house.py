@@ -47,7 +47,7 @@ DOORS = {
     "tensorrt_rtx_bindings": ("export/",),
     "click": ("cli.py", "cli_now.py", "cli_serve.py", "command.py", "export/", "bench/"),
     "anny": ("heads/",),
-    "onnxruntime": ("canary.py", "detect.py", "foreign_onnx.py", "repository.py", "leaf.py", "export/"),
+    "onnxruntime": ("canary.py", "detect.py", "foreign_onnx.py", "repository.py", "leaf.py", "export/", "bench/"),
     "safetensors": ("checkpoint.py", "foreign.py"),
     "nvdiffrast": ("render/",),
     "pytorch3d": ("render/",),
@@ -59,7 +59,8 @@ DOORS = {
 TORCH_FREE = (
     *("params", "signature", "config", "errors", "cache", "files", "command", "mesh", "detect", "crop", "photo"),
     *("camera", "face", "native", "operators", "pipeline", "client", "server", "repository", "wheel", "leaf", "cli"),
-    *("cli_now", "cli_serve", "canary", "supervise", "proxy", "render.raster", "render.light", "render.view", "now", "now.predict"),
+    *("cli_now", "cli_serve", "canary", "supervise", "proxy", "render.raster", "render.light", "render.view"),
+    *("now", "now.predict"),
 )
 CEILING = 600  # lines of a module
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "base", "manager"}
