@@ -155,3 +155,27 @@ def test_weights_and_head_must_belong_together(saved):
     _, card = checkpoint.load(saved[1])
     with pytest.raises(AssetError, match="trained on head t 1"):
         checkpoint.check_head(card, make_head())
+
+
+def test_the_mean_of_runs_is_their_mean(tmp_path):
+    paths = []
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        tensors = {"weight": torch.randn(3, 2), "count": torch.tensor(seed)}
+        paths.append(checkpoint.save(tmp_path / f"{seed}.safetensors", tensors, {"head": {"sha256": "a"}, "run": seed}))
+    mean, card = checkpoint.load(checkpoint.average(paths, tmp_path / "mean.safetensors"))
+    members = [checkpoint.load(path) for path in paths]
+    wanted = sum(tensors["weight"] for tensors, _ in members) / 3
+    assert torch.allclose(mean["weight"], wanted) and mean["count"] == 3
+    assert card["run"] == 3 and card["averaged"] == [facts["sha256"] for _, facts in members]
+
+
+def test_runs_of_other_networks_have_no_mean(tmp_path):
+    one = checkpoint.save(tmp_path / "one.safetensors", {"weight": torch.ones(2)}, {"head": {"sha256": "a"}})
+    other = checkpoint.save(tmp_path / "other.safetensors", {"weight": torch.ones(3)}, {"head": {"sha256": "a"}})
+    head = checkpoint.save(tmp_path / "head.safetensors", {"weight": torch.ones(2)}, {"head": {"sha256": "b"}})
+    for paths, says in (([one], "two checkpoints or more"), ([one, other], "other.safetensors is of another"),
+                        ([one, head], "another network or head")):  # fmt: skip
+        with pytest.raises(AssetError, match=says):
+            checkpoint.average(paths, tmp_path / "mean.safetensors")
+    assert not (tmp_path / "mean.safetensors").exists()

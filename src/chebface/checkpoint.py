@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,35 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if card.get("sha256") != _digest(tensors):
         raise AssetError(f"checkpoint {path}: its tensors are not those that the card was written for; damaged")
     return tensors, card
+
+
+def average(paths: Sequence[str | Path], output: str | Path) -> Path:
+    """Write the mean of the weights of runs that began from the same ones: often better than each of them.
+
+    Args:
+        paths: two checkpoints or more; the card is the last one's.
+        output: the .safetensors file to write.
+
+    Raises:
+        AssetError: as `load`; fewer than two; other tensors or another head than the first has.
+
+    Source: Wortsman et al., Model soups, ICML 2022.
+    """
+    if len(paths) < 2:
+        raise AssetError(f"average: expected two checkpoints or more, got {len(paths)}")
+    loaded = [load(path) for path in paths]
+    (first, first_card), (_, card) = loaded[0], loaded[-1]
+    for path, (tensors, facts) in zip(paths, loaded, strict=True):
+        shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (first, tensors)]
+        if shapes[0] != shapes[1] or facts.get("head") != first_card.get("head"):
+            raise AssetError(f"average: {path} is of another network or head than {paths[0]}")
+    mean = {
+        name: torch.stack([tensors[name] for tensors, _ in loaded]).double().mean(0).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else loaded[-1][0][name]
+        for name, tensor in first.items()
+    }
+    return save(output, mean, card | {"averaged": [facts["sha256"] for _, facts in loaded]})
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

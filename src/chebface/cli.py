@@ -394,6 +394,17 @@ def train_mesh_encoder(
 
 
 @train.command()
+@click.argument("weights", type=FILE, nargs=-1, required=True)
+@click.option("-o", "--output", type=FILE, required=True, help="The .safetensors file to write.")
+@guarded
+def average(weights: tuple[Path, ...], output: Path) -> None:
+    """Write the mean of the WEIGHTS of runs that began from the same ones."""
+    from chebface import checkpoint
+
+    click.echo(f"{checkpoint.average(weights, output)}: the mean of {len(weights)}")
+
+
+@train.command()
 @click.argument("weights", type=FILE)
 @click.option("--held-out", type=FOLDER, required=True, help="Synthetic faces of another seed than the training's.")
 @click.option("-o", "--output", type=FILE, required=True, help="The .safetensors file to write.")
