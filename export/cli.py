@@ -15,6 +15,7 @@ import click
 from chebface.command import INTERRUPTED
 from chebface.errors import ChebfaceError
 from export.custom import BASES
+from export.engines import can_build
 from export.graphs import OPSET
 from export.precision import PRECISIONS
 from export.repository import TARGETS, fill_repository, verify_repository
@@ -276,25 +277,35 @@ def repository(say: Say, check: bool, output: Path, repository: Path, **options:
 @_sources
 @_OUTPUT
 @_serving
+@click.option(
+    "--engine/--no-engine", "builds", default=None, help="Build TensorRT engines; default: where TensorRT is installed."
+)
 @_report
 def run_all(
     say: Say,
     output: Path,
     calib: Path | None,
     repository: Path,
+    builds: bool | None,
+    force: bool,
     target: str,
     version: int,
     instances: int,
     engines: Path | None,
     **options: Any,
 ) -> tuple[dict[str, Any], str]:
-    """Both; what is up to date stays."""
+    """ONNX files, engines of them beside these, and the repository; what is up to date stays."""
     crops = read_crops(calib) if calib else None
-    exported = export_onnx(output, say=say, crops_for_calibration=crops, **options)
+    report = export_onnx(output, say=say, crops_for_calibration=crops, force=force, **options)
+    summary = [_summary(report, output)]
+    if can_build() if builds is None else builds:
+        built = build_engines(output, output / "engines", say=say, force=force)
+        report |= built
+        summary.append(_built(built, output / "engines"))
     filled = fill_repository(
         output, repository, target=target, version=version, instances=instances, engines=engines, say=say
     )
-    return {**exported, **filled}, f"{_summary(exported, output)}\n{_filled(filled)}"
+    return {**report, **filled}, "\n".join([*summary, _filled(filled)])
 
 
 def _summary(report: dict[str, Any], output: Path) -> str:

@@ -74,6 +74,15 @@ class Compiler:
         return self.flavour == "tensorrt_rtx"
 
 
+def can_build() -> bool:
+    """Whether a TensorRT is installed that builds engines here."""
+    try:
+        find_compiler()
+    except MissingDependencyError:
+        return False
+    return True
+
+
 def find_compiler(flavour: str | None = None) -> Compiler:
     """Import TensorRT: `flavour`, or the full one where there is a GPU, else TensorRT-RTX.
 

@@ -24,6 +24,7 @@ from chebface.heads import Head
 from chebface.regressor import Regressor, normalize_crop
 from chebface.signature import DECODE, LEAVES, MODELS
 from export import cli, graphs, to_onnx
+from export.engines import can_build
 from export.graphs import check_graph
 from export.to_onnx import MANIFEST, ParityError, export_onnx, read_crops, read_manifest, write_onnx
 
@@ -373,13 +374,15 @@ def test_command_writes_reports_and_repeats(shelf: dict, tmp_path: Path) -> None
     onnx_folder, models = tmp_path / "onnx", tmp_path / "models"
     done = invoke("all", "-o", onnx_folder, "--repository", models, "--json")
     assert done.exit_code == 0, done.output
+    engines = len(list((onnx_folder / "engines").glob("*.plan")))
+    assert engines == (4 if can_build() else 0)
     report = json.loads(done.stdout)
     assert report["ok"]
     assert report["fresh"]
     assert len(report["changed"]) == 9
     again = invoke("all", "-o", onnx_folder, "--repository", models)
     assert again.exit_code == 0
-    assert again.stdout.count("up to date") == 2
+    assert again.stdout.count("up to date") == 2 + engines
     assert invoke("repository", "-o", onnx_folder, "--repository", models, "-q").output == ""
     checked = invoke("repository", "--check", "--repository", models)
     assert checked.exit_code == 0
