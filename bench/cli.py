@@ -39,8 +39,8 @@ def _report(measure: Callable[[], list[dict[str, Any]]], as_json: bool, output: 
         sys.exit(error.exit_code)
     lines = [json.dumps(row) for row in rows]
     for row, line in zip(rows, lines, strict=True):
-        case = f"{row['case']} {row['pass']}, batch {row['batch']}"
-        click.echo(line if as_json else f"{case:32} {row['ratio']:6.1f}x better than {row['rival']}")
+        case = f"{row['case']} {row['pass']}, batch {row['batch']}, {row['implementation']}"
+        click.echo(line if as_json else f"{case:56} {row['ratio']:6.1f}x better than {row['rival']}")
     if output:
         _append(output, rows)
 
@@ -110,6 +110,31 @@ def train(
     from bench.train import CASES, measure
 
     _report(lambda: measure(seconds, cases or CASES[:-1], batch, steps, threads, overrides), as_json, output)
+
+
+@main.command()
+@_common
+@click.option("--case", "cases", multiple=True, help="reconstruct, decode or encode; repeat it. All by default.")
+@click.option(
+    "--backbone", "backbones", multiple=True, default=("light", "iresnet50"), show_default=True, help="Of reconstruct."
+)
+@click.option("--batch", "batches", type=int, multiple=True, default=(1, 8), show_default=True, help="Repeat it.")
+@click.option("--threads", type=int, default=2, show_default=True, help="Of torch, sessions and operators.")
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), help="Keep the exports, for the next time.")
+def latency(
+    seconds: float,
+    as_json: bool,
+    output: Path | None,
+    cases: tuple[str, ...],
+    backbones: tuple[str, ...],
+    batches: tuple[int, ...],
+    threads: int,
+    work: Path | None,
+) -> None:
+    """Exported files on this CPU against torch eager, smplx and torch-geometric."""
+    from bench.latency import CASES, measure
+
+    _report(lambda: measure(seconds, cases or CASES, backbones, batches, threads, work), as_json, output)
 
 
 @main.command()

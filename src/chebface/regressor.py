@@ -35,7 +35,7 @@ class Regressor(nn.Module):
     Args:
         backbone: a name of `arcface.BACKBONES`.
         normalize: L2-normalise the embedding, as MICA does with pretrained ArcFace weights.
-        skip: add a linear path beside the mapping network; alone it learned shape faster (weights/demo.toml).
+        skip: add a linear path beside the mapping network; alone it learned shape faster (weights/demo-1.toml).
     """
 
     def __init__(self, backbone: str = "light", normalize: bool = False, skip: bool = False) -> None:
