@@ -248,7 +248,7 @@ def test_exporter_that_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (lambda proto: setattr(proto.graph.output[0], "name", "params"), "not a valid ONNX graph"),
         (lambda proto: setattr(proto, "ir_version", 13), "IR 10"),
-        (lambda proto: setattr(proto.opset_import[0], "version", 22), "opset 21 at most"),
+        (lambda proto: setattr(proto.opset_import[0], "version", 23), "opset 22 at most"),
         (lambda proto: proto.graph.input[0].type.tensor_type.shape.dim[0].ClearField("dim_param"), "signature.py says"),
     ],
 )
