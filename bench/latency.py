@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -41,6 +42,7 @@ HALF_BASIS_MM = (0.01, 0.05)
 SMPLX_MM = (0.001, 0.01)
 DESCRIPTOR = 1e-5  # relative to the largest number
 _FACES = 16  # that the random network's batch norms see
+_CHECKED = 32  # faces, at least: the limits are of the mean over faces
 _SEED = 112_486  # of crops that neither calibration nor the parity report has
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -152,13 +154,22 @@ class _Course:
         return folder
 
     def race(
-        self, model: Model, given: np.ndarray, rival: Implementation, ours: Sequence[Implementation], **facts: Any
+        self,
+        model: Model,
+        batch: int,
+        given: np.ndarray,
+        rival: Implementation,
+        ours: Sequence[Implementation],
+        **facts: Any,
     ) -> Iterator[dict[str, Any]]:
-        """A row for each of ours; whatever is checked is checked before anything is timed."""
-        case, batch = model.name, len(given)
-        name, theirs, judge = rival
-        judge(f"{case}, batch {batch}: {name}", theirs(given))
-        checks = [check_one(f"{case}, batch {batch}: {own}", run(given)) for own, run, check_one in ours]
+        """A row for each of ours; all given is checked, batch by batch, before the first batch is timed."""
+        case, parts = model.name, [given[first : first + batch] for first in range(0, len(given), batch)]
+        name, theirs, _ = rival
+        checks = [
+            judge(f"{case}, batch {batch}: {each}", np.concatenate([run(part).copy() for part in parts]))
+            for each, run, judge in (rival, *ours)
+        ][1:]
+        given = parts[0]
         for (own, run, _), checked in zip(ours, checks, strict=True):
             times = _race_in_turns(
                 functools.partial(run, given), functools.partial(theirs, given), seconds=self.seconds
@@ -178,7 +189,7 @@ def _reconstruct(course: _Course, backbone: str) -> Iterator[dict[str, Any]]:
         for precision in limits
     }
     for batch in course.batches:
-        crops = _paint(course.head, range(_FACES, _FACES + batch))
+        crops = _paint(course.head, range(_FACES, _FACES + _CHECKED * batch // math.gcd(_CHECKED, batch)))
         smplx = _open_smplx(course, batch)
 
         def loop(crops: np.ndarray, smplx: Callable[[torch.Tensor], np.ndarray] = smplx) -> np.ndarray:
@@ -194,7 +205,7 @@ def _reconstruct(course: _Course, backbone: str) -> Iterator[dict[str, Any]]:
         ]
         rival = f"torch + {SMPLX}", loop, functools.partial(_check_mm, wanted=wanted, limits=SMPLX_MM)
         yield from course.race(
-            RECONSTRUCT, crops, rival, ours, backbone=backbone, weights="demo" if trained else "random"
+            RECONSTRUCT, batch, crops, rival, ours, backbone=backbone, weights="demo" if trained else "random"
         )
 
 
@@ -218,7 +229,7 @@ def _decode(course: _Course) -> Iterator[dict[str, Any]]:
             lambda given, smplx=smplx: smplx(torch.from_numpy(given)),
             functools.partial(exact, limits=SMPLX_MM),
         )
-        yield from course.race(DECODE, parameters, rival, ours)
+        yield from course.race(DECODE, batch, parameters, rival, ours)
 
 
 def _encode(course: _Course) -> Iterator[dict[str, Any]]:
@@ -243,7 +254,7 @@ def _encode(course: _Course) -> Iterator[dict[str, Any]]:
             for name, run in _open_runtimes(standard, NEUTRAL, output, course.threads, batch)
         ]
         ours.append(("custom-op", _open_onnxruntime(custom, NEUTRAL, output, course.threads, native=True), judge))
-        yield from course.race(ENCODE, neutral.numpy(), (RIVAL_NAME, convolve, judge), ours)
+        yield from course.race(ENCODE, batch, neutral.numpy(), (RIVAL_NAME, convolve, judge), ours)
 
 
 _RUNS = {CASES[1]: _decode, CASES[2]: _encode}

@@ -56,7 +56,11 @@ def test_a_race_writes_whole_records(course, small):
     given = latency._draw(2)
     run = exact(small)
     wanted = run(given)
-    rows = list(course.race(DECODE, given, ("slow", run, judge(wanted)), [("quick", run, judge(wanted))], weights="x"))
+    rows = list(
+        course.race(
+            DECODE, len(given), given, ("slow", run, judge(wanted)), [("quick", run, judge(wanted))], weights="x"
+        )
+    )
     assert [row["implementation"] for row in rows] == ["quick"]
     assert rows[0].keys() >= WANTED
     assert (rows[0]["bench"], rows[0]["case"], rows[0]["rival"]) == ("latency", "decode", "slow")
@@ -79,7 +83,7 @@ def test_what_computes_another_face_is_not_timed(course, small, wrong, monkeypat
 
     sides = (run, moved) if wrong == "ours" else (moved, run)
     with pytest.raises(record.DisagreesError, match=r"decode, batch 2: it-\w+: mean, mm: error 0.017"):
-        list(course.race(DECODE, given, ("it-rival", sides[0], right), [("it-ours", sides[1], right)]))
+        list(course.race(DECODE, len(given), given, ("it-rival", sides[0], right), [("it-ours", sides[1], right)]))
 
 
 def test_one_vertex_far_away_is_seen():
