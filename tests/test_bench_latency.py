@@ -44,7 +44,6 @@ def judge(wanted, limits=latency.FLOAT_MM):
 
 
 def test_smplx_computes_our_head(course, small):
-    pytest.importorskip("smplx")
     given = latency._draw(2)
     found = latency._open_smplx(course, 2)(torch.from_numpy(given))
     checked = latency._check_mm("smplx", found, exact(small)(given), latency.SMPLX_MM)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from heads_for_tests import make_head
@@ -26,7 +27,6 @@ from chebface.signature import DECODE, ENCODE
 from export.custom import BASES, decode_custom, encode_custom
 from export.graphs import check_graph, decode_graph
 
-onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(native.find_compiler() is None, reason="needs a C++ compiler")
 BATCHES = (1, 3, 8, 33)
 # m, of float32 against torch. Half: 0.05 mm is the promise for faces; these parts are random and no smaller.

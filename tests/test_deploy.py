@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from models_for_tests import write_repository
 from test_proxy import needs_nginx
@@ -27,7 +28,6 @@ METRIC = re.compile(r"\bnv_[a-z0-9_]+")
 
 
 def read(what: str) -> list[Any]:
-    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     return list(yaml.safe_load_all(show(what)))
 
 
@@ -167,7 +167,6 @@ def test_kubernetes_parts_fit_each_other() -> None:
     }
     assert scaler["spec"]["minReplicas"] == predictor["minReplicas"] <= scaler["spec"]["maxReplicas"]
     assert budget["spec"]["selector"]["matchLabels"] == {"serving.kserve.io/inferenceservice": name}
-    yaml = pytest.importorskip("yaml")
     (rule,) = yaml.safe_load(rules["data"]["config.yaml"])["rules"]
     (metric,) = scaler["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]

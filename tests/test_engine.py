@@ -199,7 +199,7 @@ def test_an_engine_that_was_never_run_is_built_again_where_it_can_be(
 @pytest.mark.parametrize("batch", [(), (1, 2), (0, 1, 2), (4, 2, 8), (1, 8, 4), [(1, 1, 1), (2, 1, 2)]])
 def test_batch_range_in_the_wrong_order(tmp_path: Path, regress: Path, batch: object) -> None:
     with pytest.raises(ConfigError, match="batch: expected"):
-        build_engine(regress, tmp_path, batch=batch)  # type: ignore[arg-type]
+        build_engine(regress, tmp_path, batch=batch)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_external_data_counts(tmp_path: Path) -> None:
 
 def rtx_here(**changes: object) -> Compiler:
     facts = {"flavour": "tensorrt_rtx", "version": rtx.__version__, "gpu": None, "system": engines._system()}
-    return Compiler(**{**facts, "module": rtx, **changes})  # type: ignore[arg-type]
+    return Compiler(**{**facts, "module": rtx, **changes})
 
 
 @pytest.mark.parametrize(
@@ -422,9 +422,9 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, suffix: str, code: int = errno.EN
     def write(path: Path, data: object) -> int:
         if suffix in path.name:
             with builtins.open(path, "wb") as file:
-                file.write(bytes(data)[:10])  # type: ignore[call-overload]
+                file.write(bytes(data)[:10])
             raise OSError(code, "refused")
-        return real(path, data)  # type: ignore[arg-type]
+        return real(path, data)
 
     real = Path.write_bytes
     monkeypatch.setattr(Path, "write_bytes", write)
@@ -702,7 +702,7 @@ def test_which_tensorrt_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     found = find_compiler()
     assert (found.flavour, found.title, found.gpu) == ("tensorrt", "TensorRT 10.13.0.35", "sm89")
     assert find_compiler("tensorrt_rtx").module is rtx
-    full.__version__ = "8.6.1"  # type: ignore[attr-defined]
+    full.__version__ = "8.6.1"
     with pytest.raises(MissingDependencyError, match=r"tensorrt: expected version 10 or later, got 8\.6\.1"):
         find_compiler()
 
@@ -725,7 +725,7 @@ def test_tensorrt_that_is_not_there(tmp_path: Path, regress: Path, monkeypatch: 
 
 def test_architecture_is_the_drivers_word(monkeypatch: pytest.MonkeyPatch) -> None:
     def attribute(target: object, which: int, device: object) -> int:
-        target._obj.value = {75: 12, 76: 1}[which]  # type: ignore[attr-defined]
+        target._obj.value = {75: 12, 76: 1}[which]
         return 0
 
     driver = SimpleNamespace(cuInit=lambda flags: 0, cuDeviceGet=lambda *a: 0, cuDeviceGetAttribute=attribute)

@@ -227,7 +227,6 @@ def test_bytes_are_the_same_again(flame: Flame, decode: onnx.ModelProto, encoder
 
 
 def test_simplified_graph_is_the_same(regress: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxslim")
     slim = graphs.simplify_graph(regress)
     check_graph(slim, REGRESS, "slim")
     assert len(slim.graph.node) <= len(regress.graph.node)
