@@ -149,6 +149,7 @@ def latency(
 @click.option("--actors", type=int, default=32, show_default=True, help="In a batch, two photographs each.")
 @click.option("--subjects", type=int, default=100, show_default=True, help="Held-out people, four photographs each.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0, 1, 2), show_default=True, help="Repeat it.")
+@click.option("--remedies", is_flag=True, help="Also run `ours` with other weights and codes, and measure the reasons.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of every run.")
 @click.option("--jobs", type=int, default=1, show_default=True, help="Processes for scoring.")
 @click.option("--device", default="cpu", show_default=True, help="To train on.")
@@ -179,6 +180,13 @@ def _spell_ablation(row: dict[str, Any]) -> str:
         return (
             f"{seed:20} {'  '.join(f'{v:.3f}' for v in plain)} mm   metrical {'  '.join(f'{v:.3f}' for v in metrical)}"
         )
+    if row["case"] == "pull":
+        return (
+            f"pull of {row['term']:20} {row['norm']:.4f}, on the shape {row['norm_on_shape']:.4f}, "
+            f"cosine with the vertices' {row['cosine_with_vertices']:+.2f}"
+        )
+    if row["case"] == "code":
+        return f"{row['encoder']} encoder: rank correlation of distance and error {row['rank_correlation']:.2f}"
     kind = f"{'metrical' if row['metrical'] else 'non-metrical'} {row['what']}, {row['challenge']}"
     return (
         f"{row['a']} - {row['b']}, {kind:36} {row['difference_mm']:+.4f} mm "
