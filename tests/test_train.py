@@ -157,6 +157,14 @@ def test_the_identity_loss_wants_a_network(head_file, pairs, tmp_path):
     assert rows_of(tmp_path / "with")[0]["gradient_identity"] > 0
 
 
+@pytest.mark.parametrize(
+    "changes", [{"batch": 1, "images_per_actor": 1}, {"batch": 2, "images_per_actor": 1, "accumulate": 2}]
+)
+def test_one_photo_at_a_time_is_refused(changes, head_file, pairs, tmp_path):
+    with pytest.raises(ConfigError, match="no statistics for BatchNorm"):
+        train.train_reconstructor(settings(head_file, **changes), pairs, tmp_path / "run")
+
+
 def test_the_encoder_of_another_head_is_refused(head_file, pairs, tmp_path):
     with pytest.raises(AssetError, match="trained on head chebface-open"):
         train.train_reconstructor(settings(head_file, lambda_descriptor=0.5), pairs, tmp_path)

@@ -95,12 +95,17 @@ def train_reconstructor(
 
     Raises:
         AssetError: data, head, encoder or state do not belong together, or a file is missing.
-        ConfigError: a loss lacks what it needs.
+        ConfigError: a loss lacks what it needs, or one photo goes through the network at a time.
         DivergedError: a loss term is not finite; the last saved state is intact.
     """
     output = Path(output)
     keep_freed_memory()
     with join_group(device) as place, Shards(data) as shards:
+        if config.batch // place.world // config.accumulate * config.images_per_actor == 1:
+            raise ConfigError(
+                "batch: one photo at a time has no statistics for BatchNorm; raise batch or images_per_actor, "
+                "or lower accumulate or the number of processes"
+            )
         head = open_head(config.head)
         checkpoint.check_head(shards.about, head)
         torch.manual_seed(config.seed)
