@@ -24,7 +24,7 @@ from chebface.arcface import build_backbone
 from chebface.config import Synthesize, TrainReconstructor, load
 from chebface.data.batches import Batch, Batches, collate
 from chebface.data.sample import Shards
-from chebface.data.synthetic import Painter, synthesize
+from chebface.data.synthetic import Painter, be_single_threaded, synthesize
 from chebface.encoder import ChebConv, MeshEncoder
 from chebface.errors import ConfigError, MissingDependencyError
 from chebface.heads import Head, open_head
@@ -269,8 +269,7 @@ def _paint_in_processes(count: int) -> ProcessPoolExecutor:
 
 
 def _begin_painting() -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()
+    be_single_threaded()
     _painter()
 
 

@@ -256,7 +256,7 @@ def synthesize(
     names = [f"{start // config.shard:05d}.tar" for start in starts]
     missing = [(name, start) for name, start in zip(names, starts, strict=True) if not (folder / name).is_file()]
     done = config.count - sum(min(config.shard, config.count - start) for _, start in missing)
-    with ProcessPoolExecutor(max_workers=workers or os.cpu_count(), initializer=_be_single_threaded) as pool:
+    with ProcessPoolExecutor(max_workers=workers or os.cpu_count(), initializer=be_single_threaded) as pool:
         jobs = [
             pool.submit(_make_shard, folder / name, config, start, min(config.shard, config.count - start))
             for name, start in missing
@@ -278,9 +278,15 @@ def _begun(plan: Path) -> dict:
     return begun | {"settings": {"images_per_actor": 1, "ambient_low": 0.25, "ambient_high": 0.9} | begun["settings"]}
 
 
-def _be_single_threaded() -> None:
-    import torch
+def be_single_threaded() -> None:
+    """Begin a worker process: as many of them as there are cores, so each is to use one.
 
+    Without it, NumPy's BLAS keeps a second core spinning for every worker, which halves the photographs a second.
+    """
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
     torch.set_num_threads(1)
     keep_freed_memory()
 
