@@ -269,7 +269,8 @@ def _reasons(
         }
     flame, regions = Flame(head), losses.region_weights(head)
     encoders = {path: checkpoint.load_encoder(path)[0].encoder for path in (None, sharp)}
-    errors, distances = [], {path: [] for path in encoders}
+    errors: list[float] = []
+    distances: dict[Path | None, list[float]] = {path: [] for path in encoders}
     with Shards(work / "held-out" / "identities") as shards, torch.inference_mode():
         truth = flame.neutral(torch.stack([torch.tensor(shards[k].shape) for k in range(len(shards))]))
     for challenge in CHALLENGES:
@@ -281,7 +282,8 @@ def _reasons(
                 for path, encoder in encoders.items():
                     distances[path] += descriptor_distance(encoder(guess), encoder(known)).tolist()
     for path, found in distances.items():
-        rank = float(np.corrcoef(*(np.argsort(np.argsort(values)) for values in (errors, found)))[0, 1])
+        order, found_order = (np.argsort(np.argsort(values)).astype(float) for values in (errors, found))
+        rank = float(np.corrcoef(order, found_order)[0, 1])
         yield {"case": "code", "encoder": "shipped" if path is None else SHARP, "rank_correlation": round(rank, 3)}
 
 
