@@ -20,7 +20,7 @@ from chebface.config import Synthesize, TrainReconstructor, load
 from chebface.crop import ARCFACE_POINTS_PX, WIDE_MATRIX, WIDE_PX, five_points, transform
 from chebface.data.sample import Sample, Shards, write_shard
 from chebface.data.synthetic import Painter, _axis_angle, _draw_light, _lamp, _matrix, _turn, synthesize
-from chebface.errors import AssetError, DivergedError
+from chebface.errors import AssetError, ConfigError, DivergedError
 from chebface.flame import Flame
 from chebface.heads import asset
 from chebface.render.light import irradiance
@@ -206,6 +206,17 @@ def test_interrupted_synthesis_goes_on(dataset, settings, tmp_path):
     assert seen == [(COUNT, COUNT)]
     assert (tmp_path / "d" / "00001.tar").read_bytes() == whole
     assert (tmp_path / "d" / "00000.tar").stat().st_mtime_ns == kept
+
+
+def test_a_part_is_what_the_whole_has_there(samples, settings, tmp_path):
+    synthesize(tmp_path, dataclasses.replace(settings, first=20, count=3), workers=1)
+    with Shards(tmp_path) as part:
+        assert [sample.actor for sample in part] == ["20", "21", "22"]
+        for got, want in zip(part, samples[20:23], strict=True):
+            np.testing.assert_allclose(got.parameters, want.parameters, atol=1e-5)
+            assert np.abs(got.wide_u8.astype(int) - want.wide_u8).mean() < 6
+    with pytest.raises(ConfigError, match="first: expected 0 or above"):
+        load(Synthesize, None, ["first=-1"])
 
 
 def test_folder_of_another_dataset_is_refused(dataset, settings):

@@ -157,6 +157,7 @@ class Synthesize:
 
     head: str = "open"
     count: int = 50_000
+    first: int = 0  # number of the first one: photographs of a seed may be made in several parts, on several machines
     shard: int = 2_000
     seed: int = 0
     images_per_actor: int = 1  # photographs of one person, one after the other
@@ -172,6 +173,8 @@ class Synthesize:
 
     def __post_init__(self) -> None:
         _check_positive(self, "count", "shard", "images_per_actor")
+        if self.first < 0:
+            raise ConfigError(f"first: expected 0 or above, got {self.first}")
         if not 0 <= self.ambient_low <= self.ambient_high:
             raise ConfigError(f"ambient: expected 0 <= low <= high, got {self.ambient_low} and {self.ambient_high}")
         _check_quality(self.jpeg_quality)

@@ -275,7 +275,9 @@ def synthesize(
 def _begun(plan: Path) -> dict:
     """The plan of a folder; those of earlier versions do not name the settings that came later."""
     begun = json.loads(plan.read_text())
-    return begun | {"settings": {"images_per_actor": 1, "ambient_low": 0.25, "ambient_high": 0.9} | begun["settings"]}
+    return begun | {
+        "settings": {"first": 0, "images_per_actor": 1, "ambient_low": 0.25, "ambient_high": 0.9} | begun["settings"]
+    }
 
 
 def be_single_threaded() -> None:
@@ -293,8 +295,8 @@ def be_single_threaded() -> None:
 
 def _make_shard(path: Path, config: Synthesize, start: int, count: int) -> int:
     painter = Painter(open_head(config.head), config)
-    stop = start + count
-    batches = (painter.paint(range(first, min(first + _BATCH, stop))) for first in range(start, stop, _BATCH))
+    begin, stop = config.first + start, config.first + start + count
+    batches = (painter.paint(range(first, min(first + _BATCH, stop))) for first in range(begin, stop, _BATCH))
     return write_shard(path, (sample for batch in batches for sample in batch), config.jpeg_quality, start)
 
 
