@@ -1,6 +1,6 @@
 # make demo   a photograph to a 3D head through a real Triton server     make demo PHOTO=me.jpg
 # make test   the tests                                                  make lint   ruff and mypy
-# make demo-weights   train the shipped weights again (four hours)       make clean  what these made
+# make demo-weights   train the shipped weights again (five hours)       make clean  what these made
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -46,8 +46,11 @@ demo-weights: $(VENV)/demo
 	$(BIN)/chebface train reconstructor --config src/chebface/weights/demo-1.toml --data runs/data-1 -o runs/demo-1
 	$(BIN)/chebface train reconstructor --config src/chebface/weights/demo-2.toml --data runs/data -o runs/demo-2
 	$(BIN)/chebface train reconstructor --config src/chebface/weights/demo-3.toml --data runs/data -o runs/demo-3
+	$(BIN)/chebface train average runs/demo-2/regressor.safetensors runs/demo-3/regressor.safetensors -o runs/demo-mean.safetensors
+	$(BIN)/chebface data synthesize --config src/chebface/weights/data.toml --set first=240000 --set count=160000 -o runs/data-4
+	$(BIN)/chebface train reconstructor --config src/chebface/weights/demo-4.toml --data runs/data-4 -o runs/demo-4
 	$(BIN)/chebface data synthesize --config src/chebface/weights/data.toml --set seed=1 --set count=2000 -o runs/held-out
-	$(BIN)/chebface train publish runs/demo-3/regressor.safetensors --held-out runs/held-out -o src/chebface/weights/demo.safetensors
+	$(BIN)/chebface train publish runs/demo-4/regressor.safetensors --held-out runs/held-out -o src/chebface/weights/demo.safetensors
 
 clean:
 	rm -rf $(VENV) out runs triton_models/*/[0-9]*

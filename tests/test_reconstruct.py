@@ -104,6 +104,6 @@ def test_shipped_weights_are_small_and_beat_the_mean_head():
     _, card = checkpoint.load_regressor()
     assert checkpoint.DEMO.stat().st_size < 8_000_000
     held_out = card["held_out"]
-    assert held_out["ratio_face_nonmetrical"] < 0.62
-    assert held_out["ratio_head"] < 0.74
+    assert held_out["ratio_face_nonmetrical"] < 0.6
+    assert held_out["ratio_head"] < 0.72
     assert held_out["data"]["seed"] != card["data"]["seed"]
