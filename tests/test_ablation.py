@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from bench.ablation import CHALLENGES, MEAN_HEAD, measure
+from bench import ablation
+from bench.ablation import CHALLENGES, MEAN_HEAD, REMEDIES, measure
+from chebface import checkpoint
 from chebface.config import PRESETS, load
 from chebface.errors import AssetError
 
@@ -58,6 +60,24 @@ def test_a_second_run_keeps_what_is_there(work, rows):
     assert [path.stat().st_mtime_ns for path in weights] == before
     with pytest.raises(AssetError, match="other settings"):
         measure(work, **SMALL | {"settings": {"lambda_2d": 0.1}})
+
+
+def test_remedies_are_compared_with_every_preset_and_reasons_given(work, rows, monkeypatch):
+    monkeypatch.setattr(ablation, "SHARP_ENCODER", ablation.SHARP_ENCODER | {"epochs": 1, "count": 40})
+    monkeypatch.setattr(ablation, "REASONS", 4)
+    more = measure(work, **SMALL, remedies=True)
+    kept = [row for row in more if row["case"] == "errors" and row["preset"] in (*SMALL["presets"], MEAN_HEAD)]
+    assert kept == [row for row in rows if row["case"] == "errors"]
+    pairs = {(row["a"], row["b"]) for row in more if row["case"] == "bootstrap"}
+    assert pairs == {("ours", "mica")} | {(name, preset) for name in REMEDIES for preset in SMALL["presets"]}
+    pulls = {row["term"]: row for row in more if row["case"] == "pull"}
+    assert pulls["vertices"]["cosine_with_vertices"] == 1 and pulls["vertices"]["norm"] > 0
+    assert pulls["vertices"]["norm"] == pulls["vertices"]["norm_on_shape"]
+    assert pulls["landmarks"]["norm"] > pulls["landmarks"]["norm_on_shape"] > 0
+    codes = [row for row in more if row["case"] == "code"]
+    assert [row["encoder"] for row in codes] == ["shipped", "sharp"]
+    assert all(-1 <= row["rank_correlation"] <= 1 for row in codes)
+    assert checkpoint.load_encoder(work / "encoder" / "encoder.safetensors")[1]["code"] == 32
 
 
 def test_presets_are_the_paper_without_a_part():
