@@ -13,7 +13,7 @@ import numpy as np
 from chebface import params
 from chebface.errors import ConfigError
 from chebface.operators import DOMAIN, TILE, VERSION
-from chebface.signature import DECODE, ENCODE, Model
+from chebface.signature import DECODE, ENCODE, VERTICES_HALF, VERTICES_M, Model
 from export.graphs import MAX_IR, ONNX_TYPES, OPSET
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ def decode_custom(flame: Flame, basis: str = "fp32", *, threads: int = 0) -> onn
     }
     poses = (pose + part.start for part in (params.HEAD_POSE, params.JAW_POSE))
     parts = [params.TOTAL, start, params.PARTS["shape"], params.SLICES["expression"].start, *poses]
-    sizes = {"vertices": len(flame.jaw_weights), "landmarks": flame.landmark_vertices.shape[1]}
+    n = len(flame.jaw_weights)
+    sizes = {VERTICES_M.name: n, VERTICES_HALF.name: n, "landmarks": flame.landmark_vertices.shape[1]}
     return _assemble(DECODE, sizes, constants, {"parts": parts}, threads, basis)
 
 
@@ -118,7 +119,7 @@ def _assemble(
     threads: int,
     precision: str,
 ) -> onnx.ModelProto:
-    """One node; `sizes` are of the first dimension of tensors, which another head's differ in."""
+    """One node, and what is on request; `sizes`: first dimensions of tensors, in which another head may differ."""
     from onnx import helper, numpy_helper
 
     if threads < 0:
@@ -128,6 +129,10 @@ def _assemble(
         shape = ["batch", sizes.get(tensor.name, tensor.shape[0]), *tensor.shape[1:]]
         return helper.make_tensor_value_info(tensor.name, ONNX_TYPES[tensor.dtype], shape)
 
+    rounded = [
+        helper.make_node("Cast", [VERTICES_M.name], [tensor.name], to=ONNX_TYPES[tensor.dtype])
+        for tensor in model.on_request
+    ]
     kept = [numpy_helper.from_array(np.ascontiguousarray(array), f"{model.name}.{k}") for k, array in constants.items()]
     node = helper.make_node(
         OPERATORS[model.name],
@@ -138,7 +143,8 @@ def _assemble(
         threads=threads,
         **attributes,
     )
-    graph = helper.make_graph([node], model.name, [spell(t) for t in model.inputs], [*map(spell, model.outputs)], kept)
+    inputs, outputs = map(spell, model.inputs), map(spell, model.every_output)
+    graph = helper.make_graph([node, *rounded], model.name, [*inputs], [*outputs], kept)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=MAX_IR)
     helper.set_model_props(proto, {"chebface.operators": f"{DOMAIN} {VERSION}", "chebface.precision": precision})

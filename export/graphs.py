@@ -21,7 +21,7 @@ import numpy as np
 from chebface import params
 from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.heads.asset import CONTOUR_STEPS
-from chebface.signature import DECODE, ENCODE, RECONSTRUCT, REGRESS, TOPOLOGY, Model, Tensor
+from chebface.signature import DECODE, ENCODE, RECONSTRUCT, REGRESS, TOPOLOGY, VERTICES_HALF, Model, Tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -37,7 +37,7 @@ OPSET = 18  # above, some of onnxruntime's CUDA kernels are missing
 OPSETS = (18, 21)  # the first that the tracer gives (to older ones it converts, or silently does not), IR 10's last
 MAX_IR = 10
 NEWEST = 22  # of bf16 graphs alone: no older one has their convolutions
-ONNX_TYPES = {"FP32": 1, "UINT8": 2, "INT32": 6, "BYTES": 8}  # onnx.TensorProto.DataType
+ONNX_TYPES = {"FP32": 1, "UINT8": 2, "INT32": 6, "BYTES": 8, "FP16": 10}  # onnx.TensorProto.DataType
 _INT64 = 7
 _EXAMPLE_BATCH = 2  # a batch of 1 would be taken for a constant
 _STEEPEST = 100.0  # a shift of so many scales costs the residual stream two digits: such a norm is left as it is
@@ -243,13 +243,19 @@ def _assemble(model: Model, nodes: Any, constants: Any, opset: int) -> onnx.Mode
         return helper.make_tensor_value_info(t.name, ONNX_TYPES[t.dtype], [*(["batch"] * model.batched), *t.shape])
 
     graph = helper.make_graph(
-        list(nodes), model.name, [spell(t) for t in model.inputs], [spell(t) for t in model.outputs], list(constants)
+        list(nodes),
+        model.name,
+        [spell(t) for t in model.inputs],
+        [spell(t) for t in model.every_output],
+        list(constants),
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=MAX_IR)
 
 
 def decode_graph(flame: Flame, opset: int = OPSET) -> onnx.ModelProto:
-    """Parameters -> vertices and landmarks, as `Flame.decode`.
+    """Parameters -> vertices and landmarks, as `Flame.decode`; the vertices in half precision, too.
+
+    All arithmetic is float32; the half ones are rounded last, for who wants half the bytes.
 
     One product over the concatenated basis gives the blended head, a second one of six rows both skinned versions of
     it. The contour's row is found by counting the yaws that the head is turned past: no arc sine, no index to clip.
@@ -280,6 +286,7 @@ def decode_graph(flame: Flame, opset: int = OPSET) -> onnx.ModelProto:
     skinned = s("Add", s("MatMul", both, blended), shift)  # (B, 6, N)
     opening = s("Mul", s.slice(skinned, 3, 6), s.floats(flame.jaw_weights))
     s("Transpose", s("Add", s.slice(skinned, 0, 3), opening), perm=[0, 2, 1], out=vertices)
+    s("Cast", vertices, to=ONNX_TYPES[VERTICES_HALF.dtype], out=VERTICES_HALF.name)
     _landmarks(s, flame, vertices, head, landmarks)
     return s.finish()
 
@@ -449,6 +456,8 @@ def reconstruct_graph(regress: onnx.ModelProto, decode: onnx.ModelProto) -> onnx
     nodes, constants = (
         [*getattr(regress.graph, field), *getattr(decode.graph, field)] for field in ("node", "initializer")
     )
+    spare = {tensor.name for tensor in DECODE.on_request}
+    nodes = [node for node in nodes if spare.isdisjoint(node.output)]
     made = _assemble(RECONSTRUCT, nodes, constants, first)
     made.graph.value_info.extend([*regress.graph.value_info, *decode.graph.value_info])
     return made
@@ -492,7 +501,7 @@ def check_graph(proto: onnx.ModelProto, model: Model, where: str) -> None:
         )
     for kind, tensors, values in (
         ("input", model.inputs, proto.graph.input),
-        ("output", model.outputs, proto.graph.output),
+        ("output", model.every_output, proto.graph.output),
     ):
         wanted = {t.name: (t.dtype, (*(["B"] * model.batched), *t.shape)) for t in tensors}
         found = {value.name: _read_value(value) for value in values}

@@ -10,16 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from chebface import operators, signature
+from chebface.detect import NAMES as DETECTORS
 from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.files import write_whole
-from chebface.repository import FIX, OPERATORS, check_repository, find_model, find_optional, leaf_code, use_python
-from chebface.signature import LEAVES, MODELS, OPTIONAL, Model, Tensor
+from chebface.repository import (
+    FIX,
+    OPERATORS,
+    SUMS,
+    check_repository,
+    find_model,
+    find_optional,
+    model_code,
+    use_python,
+)
+from chebface.signature import LEAVES, MODELS, OPTIONAL, PRIORITIES, SERVED, Model, Tensor
+from export.folder import find_changed, read_manifest, read_record
 from export.graphs import check_graph
-from export.to_onnx import read_manifest
 
 TARGETS = ("ngc", "pip")
 QUEUE_SIZE = 256  # requests that wait before the server refuses
 QUEUE_TIMEOUT_US = 60_000_000  # the longest that a request may wait; a client's own deadline only shortens it
+PHOTO_INSTANCES = 2  # one reads and detects while another's faces are in the network
+# What a running leaf holds under --rate-limit=execution_count; no program does, or it would wait for itself.
+CORE = "core"
 
 Say = Callable[[str], None]
 Engines = dict[str, dict[str, Path]]  # model -> compute capability, as "8.9" -> its engine
@@ -29,8 +42,12 @@ def _type(tensor: Tensor) -> str:
     return "TYPE_STRING" if tensor.dtype == "BYTES" else f"TYPE_{tensor.dtype}"
 
 
-def _tensors(field: str, tensors: tuple[Tensor, ...]) -> str:
-    rows = [f'  {{ name: "{t.name}" data_type: {_type(t)} dims: [ {", ".join(map(str, t.shape))} ] }}' for t in tensors]
+def _tensors(field: str, tensors: tuple[Tensor, ...], optional: tuple[Tensor, ...] = ()) -> str:
+    rows = [
+        f'  {{ name: "{t.name}" data_type: {_type(t)} dims: [ {", ".join(map(str, t.shape))} ]'
+        f"{' optional: true' if t in optional else ''} }}"
+        for t in (*tensors, *optional)
+    ]
     return f"{field} [\n" + ",\n".join(rows) + "\n]\n"
 
 
@@ -57,9 +74,11 @@ def config_text(
     model: Model,
     *,
     version: int = 1,
-    instances: int = 1,
+    instances: int | None = None,
     precision: str = "fp32",
     capabilities: tuple[str, ...] = (),
+    detector: str = "auto",
+    detector_opened: str = "at start",
 ) -> str:
     """The config.pbtxt of one model, for Triton's native backends (chebface.repository adapts it to the pip server).
 
@@ -69,13 +88,17 @@ def config_text(
     Args:
         model: of signature.py.
         version: the one that is served.
-        instances: how many of a leaf run side by side.
+        instances: how many of a leaf or program run side by side; None is 1, and PHOTO_INSTANCES of a program.
         precision: of the leaf's file.
         capabilities: of the GPUs that there are engines for, as "8.9"; none serves the ONNX file on the CPU.
+        detector: which one a program uses, by its name for `open_detector`.
+        detector_opened: "at start", or "at the first photo" where a quick start matters more.
     """
     text = f'# Written by `python -m export repository` from src/chebface/signature.py.\nname: "{model.name}"\n'
     if model.steps:
         text += 'platform: "ensemble"\n'
+    elif model.program:
+        text += 'backend: "python"\ndefault_model_filename: "model.py"\n'
     elif capabilities:
         text += 'backend: "tensorrt"\n'
         text += "".join(
@@ -85,25 +108,33 @@ def config_text(
     else:
         text += 'backend: "onnxruntime"\ndefault_model_filename: "model.onnx"\n'
     text += f"max_batch_size: {signature.MAX_BATCH if model.batched else 0}\n"
-    text += _tensors("input", model.inputs) + _tensors("output", model.outputs)
+    text += _tensors("input", model.inputs, model.optional) + _tensors("output", model.every_output)
+    text += "response_cache { enable: false }\n"  # photos of faces are kept by nobody
     text += f"version_policy {{ specific {{ versions: [ {version} ] }} }}\n"
     facts = {"chebface.signature": signature.digest()}
     if model.steps:
         text += "ensemble_scheduling {\n"
         for step in model.steps:
             text += f'  step {{\n    model_name: "{step}"\n    model_version: {version}\n'
-            for field, tensors in (("input_map", MODELS[step].inputs), ("output_map", MODELS[step].outputs)):
+            made = tuple(tensor for tensor in MODELS[step].every_output if tensor in model.outputs)
+            for field, tensors in (("input_map", MODELS[step].inputs), ("output_map", made)):
                 text += "".join(f'    {field} {{ key: "{t.name}" value: "{t.name}" }}\n' for t in tensors)
             text += "  }\n"
         return text + "}\n" + _parameters(facts)
     kind = "KIND_GPU" if capabilities else "KIND_CPU"
-    text += f"instance_group [ {{ count: {instances} kind: {kind} }} ]\n"
-    if model.batched:
+    holds = "" if capabilities or model.program else f' rate_limiter {{ resources [ {{ name: "{CORE}" count: 1 }} ] }}'
+    count = instances or (PHOTO_INSTANCES if model.program else 1)
+    text += f"instance_group [ {{ count: {count} kind: {kind}{holds} }} ]\n"
+    if model.batched or model.program:
         text += (
-            "dynamic_batching {\n  default_queue_policy {\n    timeout_action: REJECT\n"
+            f"dynamic_batching {{\n  priority_levels: {len(PRIORITIES)}\n"
+            f"  default_priority_level: {PRIORITIES['normal']}\n  default_queue_policy {{\n    timeout_action: REJECT\n"
             f"    default_timeout_microseconds: {QUEUE_TIMEOUT_US}\n    allow_timeout_override: true\n"
             f"    max_queue_size: {QUEUE_SIZE}\n  }}\n}}\n"
         )
+    if model.program:
+        how = {"chebface.detector": detector, "chebface.detector_opened": detector_opened}
+        return text + _parameters(facts | how)
     threads = {} if capabilities else {"intra_op_thread_count": "1", "inter_op_thread_count": "1"}
     return text + _warmup(model) + _parameters(threads | facts | {"chebface.precision": precision})
 
@@ -132,18 +163,23 @@ def check_config(text: str, model: Model, where: str) -> None:
     def read(tensors: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {t.name: (model_config_pb2.DataType.Name(t.data_type), tuple(t.dims)) for t in tensors}
 
+    def spell(tensors: tuple[Tensor, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {t.name: (_type(t), t.shape) for t in tensors}
+
     found = {
         "name": config.name,
         "max_batch_size": config.max_batch_size,
         "input": read(config.input),
+        "optional": sorted(t.name for t in config.input if t.optional),
         "output": read(config.output),
         "steps": tuple(step.model_name for step in config.ensemble_scheduling.step),
     }
     wanted = {
         "name": model.name,
         "max_batch_size": signature.MAX_BATCH if model.batched else 0,
-        "input": {t.name: (_type(t), t.shape) for t in model.inputs},
-        "output": {t.name: (_type(t), t.shape) for t in model.outputs},
+        "input": spell((*model.inputs, *model.optional)),
+        "optional": sorted(t.name for t in model.optional),
+        "output": spell(model.every_output),
         "steps": model.steps,
     }
     for key, value in wanted.items():
@@ -161,6 +197,8 @@ def fill_repository(
     target: str = "ngc",
     version: int = 1,
     instances: int = 1,
+    photo_instances: int = PHOTO_INSTANCES,
+    detector: str = "auto",
     engines: str | Path | None = None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
@@ -173,6 +211,8 @@ def fill_repository(
             tritonserver that has the Python backend alone.
         version: the one to write and to serve; the files of other versions stay.
         instances: how many of each leaf run side by side.
+        photo_instances: how many of reconstruct_photo do: photos that are read and searched at once.
+        detector: what it searches with, by its name for `open_detector`.
         engines: folder of TensorRT engines built from these very files; their models are then served by them.
         say: called with one line per step.
 
@@ -180,20 +220,15 @@ def fill_repository(
         {"repository", "target", "version", "changed": [paths relative to it], "models": {name: sha256 of its file}}.
 
     Raises:
-        ConfigError: a target, version or number of instances that cannot be.
+        ConfigError: a target, version, number of instances or detector that cannot be.
         AssetError: no export there, it was changed since, or it is not what signature.py says; so for engines.
         MissingDependencyError: onnx or tritonclient is not installed.
     """
     source, folder = Path(source), Path(repository)
-    if target not in TARGETS:
-        raise ConfigError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
-    if version < 1 or instances < 1:
-        raise ConfigError(f"version, instances: expected 1 or more, got {version} and {instances}")
-    if engines is not None and target == "pip":
-        raise ConfigError("engines: the pip server has no TensorRT backend; fill a repository with --target ngc")
+    _check_wishes(target, version, instances, photo_instances, detector, engines)
     manifest = _read_export(source)
-    served = {name: model for name, model in MODELS.items() if model.steps or name in manifest["files"]}
-    leaves = {name: model for name, model in served.items() if not model.steps}
+    leaves = {name: m for name, m in MODELS.items() if not m.steps and name in manifest["files"]}
+    served = {name: m for name, m in SERVED.items() if m.steps or m.program or name in leaves}
     plans = _find_engines(Path(engines), manifest) if engines is not None else {}
     files: dict[str, bytes | Path] = {}
     stale = [folder / name / str(version) / OPERATORS for name in leaves]
@@ -202,15 +237,20 @@ def fill_repository(
         text = config_text(
             model,
             version=version,
-            instances=instances,
+            instances=photo_instances if model.program else instances,
             precision=entry.get("precision", "fp32"),
             capabilities=tuple(plans.get(name, ())),
+            detector=detector,
         )
         check_config(text, model, f"{name}/config.pbtxt")
         if name in leaves:
             text, parts = _leaf_files(text, name, target, source / entry["file"], entry["operators"])
+            parts |= {each["file"]: source / each["file"] for each in entry.get("external", ())}
             parts |= {_plan_name(capability): plan for capability, plan in plans.get(name, {}).items()}
+            parts[SUMS] = _sums(parts)
             files |= {f"{name}/{version}/{file}": content for file, content in parts.items()}
+        if model.program:
+            files[f"{name}/{version}/model.py"] = model_code(model).encode()
         files[f"{name}/config.pbtxt"] = text.encode()
     changed = []
     for place, content in files.items():  # a configuration comes after what it speaks of
@@ -239,6 +279,28 @@ def fill_repository(
     }
 
 
+def _sums(files: dict[str, bytes | Path]) -> bytes:
+    contents = {name: each if isinstance(each, bytes) else each.read_bytes() for name, each in files.items()}
+    contents.pop("model.py", None)  # code is compared with this version's
+    rows = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(contents.items())]
+    return "".join(rows).encode()
+
+
+def _check_wishes(
+    target: str, version: int, instances: int, photo_instances: int, detector: str, engines: str | Path | None
+) -> None:
+    if target not in TARGETS:
+        raise ConfigError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    if min(version, instances, photo_instances) < 1:
+        raise ConfigError(
+            f"version, instances, photo_instances: expected 1 or more, got {version}, {instances} and {photo_instances}"
+        )
+    if detector not in DETECTORS:
+        raise ConfigError(f"detector: expected one of {', '.join(DETECTORS)}, got {detector!r}")
+    if engines is not None and target == "pip":
+        raise ConfigError("engines: the pip server has no TensorRT backend; fill a repository with --target ngc")
+
+
 def _leaf_files(config: str, name: str, target: str, onnx_file: Path, kind: str) -> tuple[str, dict[str, bytes | Path]]:
     """A leaf's configuration for its target, and by name what lies in its version's folder."""
     files: dict[str, bytes | Path] = {"model.onnx": onnx_file}
@@ -251,7 +313,7 @@ def _leaf_files(config: str, name: str, target: str, onnx_file: Path, kind: str)
         files[OPERATORS] = operators.library()
     if target == "pip":
         config = use_python(config, f"{name}/config.pbtxt")
-        files["model.py"] = leaf_code().encode()
+        files["model.py"] = model_code(MODELS[name]).encode()
     return config, files
 
 
@@ -270,7 +332,7 @@ def verify_repository(repository: str | Path, say: Say = lambda line: None) -> d
     folder = check_repository(repository)
     leaves = LEAVES | find_optional(folder)
     models = {}
-    for name, model in MODELS.items():
+    for name, model in SERVED.items():
         config = folder / name / "config.pbtxt"
         if name in OPTIONAL and name not in leaves:
             if config.is_file():
@@ -278,16 +340,25 @@ def verify_repository(repository: str | Path, say: Say = lambda line: None) -> d
             continue
         text = config.read_text()
         check_config(text, model, str(config))
+        if model.program:
+            _check_code(find_model(folder, name).with_name("model.py"), model)
         if name in leaves:
             path = find_model(folder, name)
-            if 'backend: "python"' in text and not path.with_name("model.py").is_file():
-                raise AssetError(f"{path.with_name('model.py')} is missing; {FIX}")
+            if 'backend: "python"' in text:
+                _check_code(path.with_name("model.py"), model)
             for plan in _plan_names(text):
                 if not path.with_name(plan).is_file() or not path.with_name(plan).stat().st_size:
                     raise AssetError(f"{path.with_name(plan)} is missing or empty; {FIX}")
+            if not path.with_name(SUMS).is_file():
+                raise AssetError(f"{path.with_name(SUMS)} is missing; {FIX}")
             models[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     say(f"{folder}: as it should be")
     return {"repository": str(folder), "changed": [], "models": models}
+
+
+def _check_code(path: Path, model: Model) -> None:
+    if not path.is_file() or path.read_text() != model_code(model):
+        raise AssetError(f"{path} is missing, or of another version of chebface; {FIX}")
 
 
 def _plan_names(config: str) -> list[str]:
@@ -298,6 +369,11 @@ def _read_export(source: Path) -> dict[str, Any]:
     """The manifest of an export whose files are what signature.py says, all of one head."""
     manifest = read_manifest(source)
     if manifest is None:
+        record = read_record(source)
+        if record and (changed := find_changed(source, record)):
+            raise AssetError(
+                f"{source}: {', '.join(changed.values())}; export anew with `python -m export onnx --force`"
+            )
         raise AssetError(
             f"{source}: no whole export there (manifest.json, "
             f"{', '.join(f'{name}.onnx' for name in LEAVES)}); run `python -m export onnx`"

@@ -11,10 +11,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from chebface import params, signature
 from chebface.heads.asset import CONTOUR_STEPS, REGIONS, Head
-from chebface.signature import DECODE, LEAVES, MODELS, REGRESS, TOPOLOGY, Model
+from chebface.signature import DECODE, LEAVES, REGRESS, SERVED, TOPOLOGY, Model
 from export.repository import config_text
 
-TYPES = {"FP32": TensorProto.FLOAT, "UINT8": TensorProto.UINT8, "INT32": TensorProto.INT32, "BYTES": TensorProto.STRING}
+TYPES = {
+    "FP32": TensorProto.FLOAT,
+    "FP16": TensorProto.FLOAT16,
+    "UINT8": TensorProto.UINT8,
+    "INT32": TensorProto.INT32,
+    "BYTES": TensorProto.STRING,
+}
 FACTS = {"name": "stand-in", "version": "0", "licence": "CC0-1.0", "sha256": "0" * 64}
 
 
@@ -77,6 +83,7 @@ def stand_in(model: Model) -> onnx.ModelProto:
             helper.make_node("MatMul", ["parameters", "weights"], ["flat"]),
             helper.make_node("Reshape", ["flat", "shape"], ["vertices"]),
             helper.make_node("Slice", ["vertices", "first", "last", "axis"], ["landmarks"]),
+            helper.make_node("Cast", ["vertices"], ["vertices_half"], to=TensorProto.FLOAT16),
         ]
         weights = (rng.normal(size=(params.TOTAL, 3 * signature.VERTICES)) * 1e-3).astype(np.float32)
         constants = [
@@ -95,18 +102,20 @@ def stand_in(model: Model) -> onnx.ModelProto:
         nodes,
         model.name,
         [helper.make_tensor_value_info(t.name, TYPES[t.dtype], [*lead, *t.shape]) for t in model.inputs],
-        [helper.make_tensor_value_info(t.name, TYPES[t.dtype], [*lead, *t.shape]) for t in model.outputs],
+        [helper.make_tensor_value_info(t.name, TYPES[t.dtype], [*lead, *t.shape]) for t in model.every_output],
         constants,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
 def write_repository(folder: Path) -> Path:
-    """A whole model repository of stand-ins."""
-    for name, model in MODELS.items():
+    """A whole model repository of stand-ins, quick to start."""
+    for name, model in SERVED.items():
         version = folder / name / "1"
         version.mkdir(parents=True)
-        (folder / name / "config.pbtxt").write_text(config_text(model))
+        (folder / name / "config.pbtxt").write_text(
+            config_text(model, instances=1, detector_opened="at the first photo")
+        )
         if name in LEAVES:
             onnx.save(stand_in(model), version / "model.onnx")
     return folder

@@ -30,7 +30,7 @@ from chebface.errors import (
     ServerUnavailableError,
 )
 from chebface.server import Server
-from chebface.signature import DECODE, MODELS, RECONSTRUCT, REGRESS, Model, Tensor
+from chebface.signature import DECODE, MODELS, RECONSTRUCT, RECONSTRUCT_PHOTO, REGRESS, SERVED, Model, Tensor
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def run_here(repository: Path, crops: np.ndarray) -> tuple[np.ndarray, ...]:
     """The same model files in this process."""
     (parameters,) = onnxruntime.InferenceSession(repository / "regress/1/model.onnx").run(None, {"crop": crops})
     decoder = onnxruntime.InferenceSession(repository / "decode/1/model.onnx")
-    return parameters, *decoder.run(None, {"parameters": parameters})
+    return parameters, *decoder.run(["vertices", "landmarks"], {"parameters": parameters})
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, signature.MAX_BATCH])
@@ -226,4 +226,6 @@ def test_import_is_light() -> None:
 
 def test_wire_types_are_those_that_every_front_carries() -> None:
     tensors = [tensor for model in MODELS.values() for tensor in (*model.inputs, *model.outputs)]
+    tensors += [*RECONSTRUCT_PHOTO.inputs, *RECONSTRUCT_PHOTO.optional, *RECONSTRUCT_PHOTO.outputs]
     assert {tensor.dtype for tensor in tensors} <= {"UINT8", "FP32", "INT32", "BYTES"}
+    assert {tensor.dtype for model in SERVED.values() for tensor in model.on_request} == {"FP16"}  # by choice only

@@ -63,7 +63,7 @@ def run_here(repository: Path, crops: np.ndarray) -> tuple[np.ndarray, ...]:
     """The same model files in this process."""
     (parameters,) = onnxruntime.InferenceSession(repository / "regress/1/model.onnx").run(None, {"crop": crops})
     decoder = onnxruntime.InferenceSession(repository / "decode/1/model.onnx")
-    return parameters, *decoder.run(None, {"parameters": parameters})
+    return parameters, *decoder.run(["vertices", "landmarks"], {"parameters": parameters})
 
 
 def ours() -> set[str]:

@@ -99,7 +99,7 @@ def test_the_contour_follows_the_head_at_every_degree(flame, sessions):
     given = np.zeros((97, params.TOTAL), np.float32)
     yaw = np.radians(np.arange(-48, 49) + 0.1)  # past the table's ends too; never on the edge between two rows
     given[:, params.SLICES["pose"].start + 1] = yaw
-    _, found = sessions["fp32"].run(None, {"parameters": given})
+    (found,) = sessions["fp32"].run(["landmarks"], {"parameters": given})
     _, wanted = flame.decode(torch.from_numpy(given))
     np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=TOLERANCE["fp32"])
 
@@ -113,8 +113,9 @@ def test_served_sizes_pass_the_checks_of_every_graph():
     assert protos["fp16"].ByteSize() < 0.56 * protos["fp32"].ByteSize()
     assert protos["fp32"].SerializeToString() == decode_custom(flame).SerializeToString()
     given = draw(2)
-    vertices, _ = open_session(protos["fp32"]).run(None, {"parameters": given})
+    vertices, _, half = open_session(protos["fp32"]).run(None, {"parameters": given})
     np.testing.assert_allclose(vertices, flame.decode(torch.from_numpy(given))[0].numpy(), rtol=0, atol=1e-6)
+    assert np.array_equal(half, vertices.astype(np.float16))
 
 
 def test_names_are_those_of_the_graphs_of_standard_operators(flame, encoder):
@@ -137,11 +138,11 @@ def test_names_are_those_of_the_graphs_of_standard_operators(flame, encoder):
 def test_faces_of_a_batch_are_independent_and_an_empty_batch_is_empty(flame, sessions):
     given = draw(7)
     given[:, params.SLICES["expression"]] *= np.array([0, 1, 0, 0, 1, 0, 0], np.float32)[:, None]  # rows left unread
-    whole, _ = sessions["fp16"].run(None, {"parameters": given})
+    whole, *_ = sessions["fp16"].run(None, {"parameters": given})
     for i, face in enumerate(given):
-        alone, _ = sessions["fp16"].run(None, {"parameters": face[None]})
+        alone, *_ = sessions["fp16"].run(None, {"parameters": face[None]})
         np.testing.assert_allclose(alone[0], whole[i], rtol=0, atol=1e-7)
-    vertices, landmarks = sessions["fp32"].run(None, {"parameters": given[:0]})
+    vertices, landmarks, _ = sessions["fp32"].run(None, {"parameters": given[:0]})
     assert (vertices.shape, landmarks.shape) == ((0, len(flame.jaw_weights), 3), (0, 68, 3))
     (codes,) = sessions["encode"].run(None, {"vertices": np.zeros((0, len(flame.jaw_weights), 3), np.float32)})
     assert codes.shape == (0, 5)
@@ -151,7 +152,7 @@ def test_faces_of_a_batch_are_independent_and_an_empty_batch_is_empty(flame, ses
 def test_what_is_no_number_stays_with_its_face(flame, encoder, sessions, value):
     given = draw(3)
     given[1] = value
-    vertices, landmarks = sessions["fp32"].run(None, {"parameters": given})
+    vertices, landmarks, _ = sessions["fp32"].run(None, {"parameters": given})
     wanted, _ = flame.decode(torch.from_numpy(given))
     assert not np.isfinite(vertices[1]).any() and not np.isfinite(landmarks[1]).any()
     np.testing.assert_allclose(vertices[[0, 2]], wanted[[0, 2]].numpy(), rtol=0, atol=1e-6)
@@ -336,7 +337,7 @@ def test_threads_of_the_environment(flame, monkeypatch):
         open_session(set_attribute(decode_custom(flame), "threads", -2))
     monkeypatch.setenv("CHEBFACE_THREADS", "2")
     given = draw(5)
-    found, _ = open_session(set_attribute(decode_custom(flame), "threads", None)).run(None, {"parameters": given})
+    found, *_ = open_session(set_attribute(decode_custom(flame), "threads", None)).run(None, {"parameters": given})
     np.testing.assert_allclose(found, flame.decode(torch.from_numpy(given))[0].numpy(), rtol=0, atol=1e-6)
 
 
@@ -366,7 +367,7 @@ def test_the_library_needs_no_torch(tmp_path, flame):
     path.write_bytes(decode_custom(flame).SerializeToString())
     code = (
         "import sys, numpy as np, onnxruntime as o; s = o.SessionOptions(); s.register_custom_ops_library(sys.argv[1]);"
-        "found, _ = o.InferenceSession(sys.argv[2], s).run(None, {'parameters': np.zeros((2, 486), np.float32)});"
+        "found, *_ = o.InferenceSession(sys.argv[2], s).run(None, {'parameters': np.zeros((2, 486), np.float32)});"
         "print(found.shape, 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(operators.library()), str(path)]

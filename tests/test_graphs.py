@@ -92,19 +92,28 @@ def turned(*poses: tuple[float, ...]) -> np.ndarray:
     ids=["one", "seven", "from rest to a full turn", "along the contour"],
 )
 def test_decoder_is_the_layer(decode: onnx.ModelProto, flame: Flame, parameters: np.ndarray) -> None:
-    vertices, landmarks = run(decode, parameters=parameters)
+    vertices, landmarks, half = run(decode, parameters=parameters)
     wanted = flame.decode(torch.from_numpy(parameters))
     np.testing.assert_allclose(vertices, wanted[0], atol=1e-6)
     np.testing.assert_allclose(landmarks, wanted[1], atol=1e-6)
+    assert half.dtype == np.float16 and np.array_equal(half, vertices.astype(np.float16))  # rounded once, at the end
 
 
 def test_decoder_of_no_number_gives_no_number(decode: onnx.ModelProto) -> None:
     parameters = draw(2)
     parameters[0, params.SLICES["pose"]] = np.nan
-    vertices, landmarks = run(decode, parameters=parameters)
+    vertices, landmarks, _ = run(decode, parameters=parameters)
     assert np.isnan(vertices[0]).all()
     assert np.isnan(landmarks[0]).all()
     assert np.isfinite(vertices[1]).all()
+
+
+def test_half_vertices_of_a_real_head_keep_their_promise(head) -> None:
+    parameters = np.random.default_rng(3).normal(size=(16, params.TOTAL)).astype(np.float32)
+    parameters[:, params.SLICES["pose"]] *= 0.3
+    vertices, _, half = run(decode_graph(Flame(head).eval()), parameters=parameters)
+    error_mm = 1e3 * np.linalg.norm(vertices - half.astype(np.float32), axis=-1)
+    assert error_mm.max() < 0.25 and error_mm.mean() < 0.04, (error_mm.max(), error_mm.mean())
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -189,7 +198,8 @@ def test_one_file_does_what_the_two_do(regress: onnx.ModelProto, decode: onnx.Mo
     check_graph(whole, RECONSTRUCT, "reconstruct")
     given = crops(3)
     (parameters,) = run(regress, crop=given)
-    for found, wanted in zip(run(whole, crop=given), [parameters, *run(decode, parameters=parameters)], strict=True):
+    vertices, landmarks, _ = run(decode, parameters=parameters)
+    for found, wanted in zip(run(whole, crop=given), [parameters, vertices, landmarks], strict=True):
         assert np.array_equal(found, wanted)
 
 

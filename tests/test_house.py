@@ -21,8 +21,8 @@ LAYERS = [
     {"descriptor_report"},
     {"train_encoder", "train"},
     {"canary", "supervise", "proxy"},
-    {"objective", "held_out", "snapshot", "reconstruct", "server", "client", "leaf"},
-    {"repository", "wheel", "now"},
+    {"objective", "held_out", "snapshot", "reconstruct", "server", "client", "leaf", "photo_leaf"},
+    {"repository", "wheel", "now", "served"},
     {"pipeline", "data", "foreign"},
     {"checkpoint", "losses", "optimizer"},
     {"face", "flame", "regressor", "encoder", "foreign_onnx"},
@@ -59,6 +59,7 @@ DOORS = {
 TORCH_FREE = (
     *("params", "signature", "config", "errors", "cache", "files", "command", "mesh", "detect", "crop", "photo"),
     *("camera", "face", "native", "operators", "pipeline", "client", "server", "repository", "wheel", "leaf", "cli"),
+    *("served", "photo_leaf"),
     *("cli_now", "cli_serve", "canary", "supervise", "proxy", "render.raster", "render.light", "render.view"),
     *("now", "now.predict"),
 )

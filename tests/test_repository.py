@@ -8,7 +8,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from google.protobuf import text_format
 from models_for_tests import stand_in
@@ -16,13 +18,14 @@ from tritonclient.grpc import model_config_pb2
 
 from chebface import signature
 from chebface.errors import AssetError, ConfigError, MissingDependencyError
-from chebface.repository import check_repository, find_model, leaf_code, materialise
-from chebface.signature import LEAVES, MODELS, OPTIONAL, REGRESS, Model
+from chebface.repository import check_repository, find_model, materialise, model_code
+from chebface.signature import LEAVES, OPTIONAL, PRIORITIES, RECONSTRUCT_PHOTO, REGRESS, SERVED, Model
+from export.folder import MANIFEST, describe
 from export.repository import check_config, config_text, fill_repository, verify_repository
-from export.to_onnx import MANIFEST, _describe
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVED = [name for name in MODELS if name not in OPTIONAL]  # the stand-in head has no mesh encoder
+FILLED = [name for name in SERVED if name not in OPTIONAL]  # the stand-in head has no mesh encoder
+PROGRAMS = [name for name, model in SERVED.items() if model.program]
 
 
 def parse(model: Model):
@@ -47,15 +50,15 @@ def write(folder: Path, name: str, proto: onnx.ModelProto, head: str = "0") -> N
 
 def record(folder: Path) -> None:
     standard = {"operators": "standard", "precision": "fp32"}
-    files = {name: _describe(folder / f"{name}.onnx", f"{name}.onnx") | standard for name in LEAVES}
+    files = {name: describe(folder / f"{name}.onnx") | standard for name in LEAVES}
     (folder / MANIFEST).write_text(json.dumps({"inputs": {}, "files": files}))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SERVED)
 def test_committed_config_is_what_signature_gives(name: str) -> None:
     committed = (ROOT / "triton_models" / name / "config.pbtxt").read_text()
-    assert committed == config_text(MODELS[name]), "run `python -m export repository` and commit triton_models"
-    check_config(committed, MODELS[name], name)
+    assert committed == config_text(SERVED[name]), "run `python -m export repository` and commit triton_models"
+    check_config(committed, SERVED[name], name)
 
 
 @pytest.mark.parametrize("name", LEAVES)
@@ -75,35 +78,58 @@ def test_leaf_says_what_the_server_would_guess(name: str) -> None:
         assert sorted(warmup.inputs) == sorted(tensor.name for tensor in LEAVES[name].inputs)
 
 
-def test_queue_refuses_and_honours_the_callers_deadline() -> None:
-    policy = parse(REGRESS).dynamic_batching.default_queue_policy
+@pytest.mark.parametrize("model", [REGRESS, RECONSTRUCT_PHOTO], ids=lambda model: model.name)
+def test_queue_refuses_and_honours_the_callers_deadline_and_priority(model: Model) -> None:
+    batching = parse(model).dynamic_batching
+    policy = batching.default_queue_policy
     assert policy.timeout_action == model_config_pb2.ModelQueuePolicy.REJECT
     assert policy.allow_timeout_override
     assert 0 < policy.max_queue_size <= 1024
     assert policy.default_timeout_microseconds > 0
+    assert sorted(PRIORITIES.values()) == list(range(1, batching.priority_levels + 1))
+    assert batching.default_priority_level == PRIORITIES["normal"] > PRIORITIES["high"]
 
 
-def test_ensemble_wires_every_tensor() -> None:
-    config = parse(MODELS["reconstruct"])
+@pytest.mark.parametrize("name", SERVED)
+def test_no_answer_is_kept(name: str) -> None:
+    config = parse(SERVED[name])
+    assert config.HasField("response_cache") and not config.response_cache.enable
+
+
+def test_program_runs_beside_itself_and_holds_no_core() -> None:
+    config = parse(RECONSTRUCT_PHOTO)
+    (group,) = config.instance_group
+    assert (config.backend, config.default_model_filename, config.max_batch_size) == ("python", "model.py", 0)
+    assert (group.count, group.kind) == (2, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    assert not group.HasField("rate_limiter")  # it waits for leaves that hold one
+    assert [(tensor.name, tensor.optional) for tensor in config.input] == [("photo", False), ("most", True)]
+    (leaf,) = parse(REGRESS).instance_group
+    assert [(resource.name, resource.count) for resource in leaf.rate_limiter.resources] == [("core", 1)]
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "reconstruct_half"])
+def test_ensemble_wires_every_tensor(name: str) -> None:
+    config = parse(SERVED[name])
     assert config.platform == "ensemble"
     assert not config.HasField("dynamic_batching")
     known = {tensor.name for tensor in config.input}
     for step in config.ensemble_scheduling.step:
         assert set(step.input_map.values()) <= known
-        assert {*step.input_map} == {tensor.name for tensor in MODELS[step.model_name].inputs}
+        assert {*step.input_map} == {tensor.name for tensor in SERVED[step.model_name].inputs}
         known |= set(step.output_map.values())
     assert {tensor.name for tensor in config.output} <= known
+    assert known - {tensor.name for tensor in config.output} == {"crop"}  # nothing is computed for nobody
 
 
 def test_every_config_carries_the_signatures_digest() -> None:
-    for model in MODELS.values():
+    for model in SERVED.values():
         assert parse(model).parameters["chebface.signature"].string_value == signature.digest()[:16]
 
 
 def test_digest_follows_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signature.digest()
     tensor = dataclasses.replace(REGRESS.outputs[0], shape=(436,))
-    monkeypatch.setitem(MODELS, "regress", dataclasses.replace(REGRESS, outputs=(tensor,)))
+    monkeypatch.setitem(SERVED, "regress", dataclasses.replace(REGRESS, outputs=(tensor,)))
     assert signature.digest() != before
 
 
@@ -125,16 +151,26 @@ def test_edited_config_is_refused(old: str, new: str, message: str) -> None:
 
 
 def test_ensemble_of_other_steps_is_refused() -> None:
-    text = config_text(MODELS["reconstruct"]).replace('model_name: "decode"', 'model_name: "decoder"')
+    text = config_text(SERVED["reconstruct"]).replace('model_name: "decode"', 'model_name: "decoder"')
     with pytest.raises(AssetError, match="steps"):
-        check_config(text, MODELS["reconstruct"], "reconstruct")
+        check_config(text, SERVED["reconstruct"], "reconstruct")
+
+
+def test_input_that_may_no_longer_be_left_out_is_refused() -> None:
+    text = config_text(RECONSTRUCT_PHOTO).replace(" optional: true", "")
+    with pytest.raises(AssetError, match=r"optional: signature.py says \['most'\], the file \[\]"):
+        check_config(text, RECONSTRUCT_PHOTO, "reconstruct_photo")
 
 
 def test_filled_repository_is_complete_and_filled_once(source: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     first = fill_repository(source, models)
     assert sorted(first["changed"]) == sorted(
-        [*(f"{name}/config.pbtxt" for name in SERVED), *(f"{name}/1/model.onnx" for name in LEAVES)]
+        [
+            *(f"{name}/config.pbtxt" for name in FILLED),
+            *(f"{name}/1/{file}" for name in LEAVES for file in ("model.onnx", "SHA256SUMS")),
+            *(f"{name}/1/model.py" for name in PROGRAMS),
+        ]
     )
     assert check_repository(models) == models.resolve()
     assert (models / "reconstruct" / "1").is_dir()
@@ -185,16 +221,19 @@ def test_missing_packages_are_named(source: Path, tmp_path: Path, monkeypatch: p
 def test_older_version_stays_beside_the_one_that_is_served(source: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     fill_repository(source, models)
-    report = fill_repository(source, models, version=2, instances=3)
+    report = fill_repository(source, models, version=2, instances=3, photo_instances=5, detector="centerface")
     assert "decode/2/model.onnx" in report["changed"]
     assert (models / "decode" / "1" / "model.onnx").is_file()
     assert find_model(models, "decode") == models / "decode" / "2" / "model.onnx"
     text = (models / "reconstruct" / "config.pbtxt").read_text()
     assert text.count("model_version: 2") == 2
     assert "count: 3" in (models / "decode" / "config.pbtxt").read_text()
+    photo = (models / "reconstruct_photo" / "config.pbtxt").read_text()
+    assert "count: 5" in photo and '"chebface.detector" value { string_value: "centerface" }' in photo
+    assert (models / "reconstruct_photo" / "2" / "model.py").is_file()
     check_repository(models)
     run_time = materialise(models, tmp_path / "run")
-    assert (run_time / "decode" / "2" / "model.py").read_text() == leaf_code()
+    assert (run_time / "decode" / "2" / "model.py").read_text() == model_code(SERVED["decode"])
 
 
 def test_pip_target_is_what_serving_makes(source: Path, tmp_path: Path) -> None:
@@ -212,8 +251,55 @@ def test_pip_target_is_what_serving_makes(source: Path, tmp_path: Path) -> None:
         verify_repository(pip)
 
 
+def test_data_beside_a_model_goes_with_it(source: Path, tmp_path: Path) -> None:
+    path, data = source / "decode.onnx", source / "decode.onnx.data"
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location=data.name)
+    manifest = json.loads((source / MANIFEST).read_text())
+    manifest["files"]["decode"] |= describe(path) | {"external": [describe(data)]}
+    (source / MANIFEST).write_text(json.dumps(manifest))
+    assert "decode/1/decode.onnx.data" in fill_repository(source, tmp_path / "models")["changed"]
+    verify_repository(tmp_path / "models")
+    made = materialise(tmp_path / "models", tmp_path / "run") / "decode" / "1"
+    (vertices,) = onnxruntime.InferenceSession(made / "model.onnx").run(
+        ["vertices"], {"parameters": np.zeros((1, 486), np.float32)}
+    )
+    assert vertices.shape == (1, 5023, 3)
+
+
+def test_program_of_another_version_is_named(source: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    fill_repository(source, models)
+    verify_repository(models)
+    program = models / "reconstruct_photo" / "1" / "model.py"
+    program.write_text("# an older one\n" + program.read_text())
+    with pytest.raises(AssetError, match=r"reconstruct_photo.1.model.py is missing, or of another version"):
+        verify_repository(models)
+    program.unlink()
+    with pytest.raises(AssetError, match=r"python -m export all"):
+        verify_repository(models)
+
+
+def test_decode_without_half_vertices_is_an_old_one(source: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    fill_repository(source, models)
+    path = models / "decode" / "1" / "model.onnx"
+    old = onnx.load(path)
+    del old.graph.output[2], old.graph.node[-1]
+    onnx.save(old, path)
+    with pytest.raises(AssetError, match=r"decode.*expected .*vertices_half tensor\(float16\).*python -m export all"):
+        check_repository(models)
+
+
 @pytest.mark.parametrize(
-    "wish", [{"target": "ngx"}, {"version": 0}, {"instances": 0}, {"target": "pip", "engines": "x"}]
+    "wish",
+    [
+        {"target": "ngx"},
+        {"version": 0},
+        {"instances": 0},
+        {"photo_instances": 0},
+        {"detector": "server"},
+        {"target": "pip", "engines": "x"},
+    ],
 )
 def test_repository_that_cannot_be(source: Path, tmp_path: Path, wish: dict) -> None:
     with pytest.raises(ConfigError):
@@ -225,7 +311,7 @@ def test_encoder_goes_with_the_export_that_had_it(source: Path, tmp_path: Path) 
     models = tmp_path / "models"
     fill_repository(source, models)
     (models / "encode").mkdir()
-    (models / "encode" / "config.pbtxt").write_text(config_text(MODELS["encode"]))
+    (models / "encode" / "config.pbtxt").write_text(config_text(SERVED["encode"]))
     with pytest.raises(AssetError, match="has no model file, and Triton refuses that"):
         verify_repository(models)
     said: list[str] = []
@@ -234,12 +320,19 @@ def test_encoder_goes_with_the_export_that_had_it(source: Path, tmp_path: Path) 
     assert not (models / "encode").exists()
 
 
+def _signed(content: bytes) -> bytes:
+    proto = onnx.load_model_from_string(content)
+    proto.producer_name = "somebody else"
+    return proto.SerializeToString()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda content: content[: len(content) // 2], "onnxruntime cannot read it"),
         (lambda content: b"", "onnxruntime cannot read it"),
         (lambda content: stand_in(REGRESS).SerializeToString(), "are not those of signature.py"),
+        (_signed, "is not the file that was exported"),
     ],
 )
 def test_damaged_model_file_is_named(source: Path, tmp_path: Path, damage, message: str) -> None:
@@ -249,6 +342,17 @@ def test_damaged_model_file_is_named(source: Path, tmp_path: Path, damage, messa
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(AssetError, match=rf"decode.1.model.onnx.*{message}"):
         verify_repository(models)
+
+
+def test_checked_files_have_their_sums(source: Path, tmp_path: Path) -> None:
+    fill_repository(source, tmp_path)
+    rows = (tmp_path / "decode" / "1" / "SHA256SUMS").read_text().splitlines()
+    assert rows == [
+        f"{hashlib.sha256((tmp_path / 'decode' / '1' / 'model.onnx').read_bytes()).hexdigest()}  model.onnx"
+    ]
+    (tmp_path / "decode" / "1" / "SHA256SUMS").unlink()
+    with pytest.raises(AssetError, match="SHA256SUMS is missing"):
+        verify_repository(tmp_path)
 
 
 def test_config_of_no_one_version_is_refused(source: Path, tmp_path: Path) -> None:
@@ -292,7 +396,10 @@ def test_engines_are_served_by_capability(source: Path, engines: Path, tmp_path:
     assert 'backend: "onnxruntime"' in (models / "regress" / "config.pbtxt").read_text()
     verify_repository(models)
     (models / "decode" / "1" / "model.sm89.plan").write_bytes(b"")
-    with pytest.raises(AssetError, match="missing or empty"):
+    with pytest.raises(AssetError, match=r"model\.sm89\.plan: is not the file that was exported"):
+        verify_repository(models)
+    (models / "decode" / "1" / "model.sm89.plan").unlink()
+    with pytest.raises(AssetError, match=r"model\.sm89\.plan: SHA256SUMS names it, and it is not there"):
         verify_repository(models)
 
 
@@ -333,4 +440,7 @@ def test_native_operators_bring_their_library_and_go_with_them(source, tmp_path,
     assert not (tmp_path / "models/regress/1/operators.so").exists()
     say("standard")
     changed = fill_repository(source, tmp_path / "models", target="pip")["changed"]
-    assert changed == ["decode/1/operators.so"] and not (tmp_path / "models/decode/1/operators.so").exists()
+    assert (
+        changed == ["decode/1/SHA256SUMS", "decode/1/operators.so"]
+        and not (tmp_path / "models/decode/1/operators.so").exists()
+    )

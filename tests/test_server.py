@@ -88,7 +88,7 @@ def test_answers_after_start(running: Server) -> None:
     assert running.started_in_s > 0
     assert set(running.ports) == {"grpc", "http", "metrics"}
     assert running.url == f"127.0.0.1:{running.ports['grpc']}"
-    for name in (*LEAVES, "reconstruct"):
+    for name in (*LEAVES, "reconstruct", "reconstruct_half", "reconstruct_photo"):
         assert get(running, f"/v2/models/{name}/versions/1/ready") == 200
 
 
@@ -131,8 +131,9 @@ def test_stop_leaves_nothing_but_the_log(repository: Path, tmp_path: Path) -> No
     log = tmp_path / "logs" / "server.log"
     server = Server(repository, log_path=log).start()
     group, folder = server.pid, server._folder
-    assert len(processes_of(group)) == 1 + len(LEAVES)
-    assert len(shared_memory() - before) == len(LEAVES)
+    programs = len(LEAVES) + 1  # reconstruct_photo is the one that is no leaf
+    assert len(processes_of(group)) == 1 + programs
+    assert len(shared_memory() - before) == programs
     server.stop()
     assert processes_of(group) == []
     assert shared_memory() <= before

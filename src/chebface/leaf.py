@@ -32,27 +32,32 @@ class TritonPythonModel:
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.batched = config["max_batch_size"] > 0
         self.inputs = [tensor["name"] for tensor in config["input"]]
-        self.outputs = [tensor["name"] for tensor in config["output"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request; those that the scheduler grouped run as one batch."""
+        """Answer each request with the outputs that it names; those that the scheduler grouped run as one batch."""
         import numpy as np
         import triton_python_backend_utils as backend
 
         def read(request: Any, name: str) -> Any:
             return backend.get_input_tensor_by_name(request, name).as_numpy()
 
-        def respond(arrays: list[Any]) -> Any:
-            return backend.InferenceResponse([backend.Tensor(*pair) for pair in zip(self.outputs, arrays, strict=True)])
+        def run(names: list[str], feeds: dict[str, Any]) -> dict[str, Any]:
+            arrays = self.session.run(names, feeds)
+            texts = [np.char.encode(a.astype(str), "utf-8").astype(object) if a.dtype == object else a for a in arrays]
+            return dict(zip(names, texts, strict=True))
 
-        def run(feeds: dict[str, Any]) -> list[Any]:
-            arrays = self.session.run(self.outputs, feeds)
-            return [np.char.encode(a.astype(str), "utf-8").astype(object) if a.dtype == object else a for a in arrays]
+        def respond(arrays: dict[str, Any], names: list[str]) -> Any:
+            return backend.InferenceResponse(
+                [backend.Tensor(name, np.ascontiguousarray(arrays[name])) for name in names]
+            )
 
+        wanted = [list(request.requested_output_names()) for request in requests]
         if not self.batched:
-            return [respond(run({name: read(request, name) for name in self.inputs})) for request in requests]
+            feeds = [{name: read(request, name) for name in self.inputs} for request in requests]
+            return [respond(run(names, feed), names) for names, feed in zip(wanted, feeds, strict=True)]
         parts = {name: [read(request, name) for request in requests] for name in self.inputs}
         ends = np.cumsum([len(part) for part in parts[self.inputs[0]]])
-        arrays = run({name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()})
-        split = zip(*(np.split(array, ends[:-1]) for array in arrays), strict=True)
-        return [respond([np.ascontiguousarray(array) for array in one]) for one in split]
+        feed = {name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()}
+        arrays = run(sorted({name for names in wanted for name in names}), feed)
+        split = {name: np.split(array, ends[:-1]) for name, array in arrays.items()}
+        return [respond({name: split[name][k] for name in names}, names) for k, names in enumerate(wanted)]

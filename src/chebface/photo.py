@@ -50,7 +50,7 @@ def read(photo: Photo) -> np.ndarray:
     if isinstance(photo, (bytes, bytearray, memoryview)):
         return _decode(bytes(photo), name(photo))
     if isinstance(photo, (str, os.PathLike)):
-        return _decode(_load(photo), name(photo))
+        return _decode(load(photo), name(photo))
     raise PhotoError(f"photo: expected a path, bytes or a numpy array, got {type(photo).__name__}")
 
 
@@ -61,7 +61,12 @@ def name(photo: Photo) -> str:
     return "photo (array)" if isinstance(photo, np.ndarray) else "photo (bytes)"
 
 
-def _load(photo: str | os.PathLike[str]) -> bytes:
+def load(photo: str | os.PathLike[str]) -> bytes:
+    """The bytes of a photo's file.
+
+    Raises:
+        PhotoError: no file there, empty, or too large.
+    """
     what, path = name(photo), Path(photo)
     try:
         if path.is_dir():

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from chebface.errors import ConfigError, MissingDependencyError, ServerUnavailableError
 from chebface.server import ADMIN_NAME, FOLDER, HARDENED, RESTRICTED, end_with_us, hold
-from chebface.signature import MODELS, RECONSTRUCT
+from chebface.signature import RECONSTRUCT, SERVED
 from chebface.wheel import HOST, NGC_IMAGE
 
 TOKEN_VARIABLE = "CHEBFACE_TOKEN"
@@ -177,7 +177,7 @@ class Proxy:
             f"open to {where}{everywhere}: gRPC on {self.bind}:{self.ports['grpc']}, HTTP on "
             f"{self.bind}:{self.ports['http']}; {'TLS' if tls else 'NOT encrypted'}, "
             f"{f'{len(self._tokens)} token(s)' if self._tokens else 'NO token: everyone may come in'}; inference, "
-            f"metadata and health of {', '.join(MODELS)} only"
+            f"metadata and health of {', '.join(SERVED)} only"
         )
 
     def config(self, user: str = "") -> str:
@@ -224,7 +224,7 @@ class Proxy:
             BIND=self.bind,
             GRPC_PORT=str(self.ports["grpc"]),
             HTTP_PORT=str(self.ports["http"]),
-            MODELS="|".join(MODELS),
+            MODELS="|".join(SERVED),
         )
 
     def start(self, ports: Mapping[str, int] | None = None) -> Proxy:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 from chebface import signature
 from chebface.errors import AssetError, MissingDependencyError
-from chebface.signature import LEAVES, MODELS, OPTIONAL, Model
+from chebface.signature import LEAVES, OPTIONAL, SERVED, Model
 
-ONNX_TYPES = {"FP32": "tensor(float)", "UINT8": "tensor(uint8)", "INT32": "tensor(int32)", "BYTES": "tensor(string)"}
+ONNX_TYPES = {
+    "FP32": "tensor(float)",
+    "FP16": "tensor(float16)",
+    "UINT8": "tensor(uint8)",
+    "INT32": "tensor(int32)",
+    "BYTES": "tensor(string)",
+}
 
+SUMS = "SHA256SUMS"  # of what lies beside it, as sha256sum writes and checks it
 OPERATORS = "operators.so"  # beside a model.onnx that wants chebface.operators
 FIX = "`python -m export all` fills a model repository"
 _SERVED = re.compile(r"^version_policy \{ specific \{ versions: \[ ([1-9][0-9]*) \] \} \}$", re.MULTILINE)
@@ -22,7 +30,7 @@ def check_repository(repository: str | Path) -> Path:
     """Make sure that a model repository is complete before a server is asked to load it.
 
     Every model of signature.py must have its config.pbtxt, every leaf a model file whose tensors are those of
-    signature.py; of the optional ones, those that have a model file.
+    signature.py, and which has not changed since it was put there; of the optional ones, those that have a model file.
 
     Returns:
         The repository's resolved path.
@@ -35,7 +43,7 @@ def check_repository(repository: str | Path) -> Path:
     if not folder.is_dir():
         raise AssetError(f"model repository {folder}: not found; {FIX}")
     leaves = LEAVES | find_optional(folder)
-    for name in MODELS:
+    for name in SERVED:
         config = folder / name / "config.pbtxt"
         if name in OPTIONAL and name not in leaves:
             continue
@@ -51,7 +59,7 @@ def check_repository(repository: str | Path) -> Path:
         lead = 1 if model.batched else 0
         for kind, want, got in (
             ("input", model.inputs, session.get_inputs()),
-            ("output", model.outputs, session.get_outputs()),
+            ("output", model.every_output, session.get_outputs()),
         ):
             found = {t.name: (t.type, tuple(t.shape[lead:]), not lead or isinstance(t.shape[0], str)) for t in got}
             wanted = {t.name: (ONNX_TYPES[t.dtype], t.shape, True) for t in want}
@@ -60,7 +68,27 @@ def check_repository(repository: str | Path) -> Path:
                     f"{path}: its {kind}s are not those of signature.py: expected {_spell(wanted)}, "
                     f"got {_spell(found)}; export it again with `python -m export all`"
                 )
+        check_sums(path.parent)
     return folder
+
+
+def check_sums(folder: Path) -> None:
+    """Compare the files of a version's folder with its SUMS, where it has them.
+
+    Raises:
+        AssetError: one is missing or another than it was.
+    """
+    sums = folder / SUMS
+    for line in sums.read_text(errors="replace").splitlines() if sums.is_file() else ():
+        wanted, _, name = line.partition("  ")
+        if Path(name).name != name or not (folder / name).is_file():
+            raise AssetError(f"{folder / name}: {SUMS} names it, and it is not there; {FIX}")
+        with open(folder / name, "rb") as file:
+            found = hashlib.sha256()
+            while block := file.read(1 << 20):
+                found.update(block)
+        if found.hexdigest() != wanted:
+            raise AssetError(f"{folder / name}: is not the file that was exported (its SHA-256 is another); {FIX}")
 
 
 def find_model(repository: Path, name: str) -> Path:
@@ -132,19 +160,19 @@ def use_python(config: str, where: str) -> str:
     return config
 
 
-def leaf_code() -> str:
-    """The model.py of every leaf under the Python backend."""
-    return Path(__file__).with_name("leaf.py").read_text()
+def model_code(model: Model) -> str:
+    """The model.py of a leaf under the Python backend, or of a program under any."""
+    return Path(__file__).with_name(f"{model.program or 'leaf'}.py").read_text()
 
 
 def materialise(repository: Path, folder: Path) -> Path:
-    """Make what the pip server reads of a repository: leaf.py as model.py, links to the model files.
+    """Make what the pip server reads of a repository: each model.py, links to the model files.
 
     Raises:
         AssetError: a config.pbtxt was edited beyond recognition.
     """
     absent = OPTIONAL.keys() - find_optional(repository)
-    for name, model in MODELS.items():
+    for name, model in SERVED.items():
         if name in absent:
             continue
         source = repository / name / "config.pbtxt"
@@ -152,10 +180,10 @@ def materialise(repository: Path, folder: Path) -> Path:
         version.mkdir(parents=True)
         if not model.steps:
             config = use_python(config, str(source))
-            (version / "model.py").write_text(leaf_code())
-            model_file = find_model(repository, name)
-            for file in (model_file, model_file.with_name(OPERATORS)):
-                if file.is_file():
+            (version / "model.py").write_text(model_code(model))
+            beside = find_model(repository, name).parent
+            for file in beside.iterdir() if beside.is_dir() else ():  # the model, data or operators it names, engines
+                if file.is_file() and file.name != "model.py":
                     (version / file.name).symlink_to(file)
         (folder / name / "config.pbtxt").write_text(config)
     return folder

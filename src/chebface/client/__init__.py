@@ -28,14 +28,27 @@ from chebface.client.wire import Deadline, Retry, Transport, parse_url
 from chebface.detect import Detector
 from chebface.errors import ConfigError, PhotoError, ServerError
 from chebface.face import Face
-from chebface.photo import Photo
-from chebface.pipeline import Pipeline, Topology
-from chebface.signature import RECONSTRUCT, REGRESS, TOPOLOGY, Tensor
+from chebface.photo import Photo, name
+from chebface.pipeline import Pipeline, Prepared, Topology
+from chebface.served import to_file
+from chebface.signature import (
+    DETECTED,
+    MOST,
+    PHOTO,
+    RECONSTRUCT,
+    RECONSTRUCT_HALF,
+    RECONSTRUCT_PHOTO,
+    REGRESS,
+    TOPOLOGY,
+    Tensor,
+)
 
 if TYPE_CHECKING:
     from chebface.client.aio import AsyncClient
 
 __all__ = ["AsyncClient", "Client", "Retry", "Transport"]
+
+_MODELS = {"fp32": RECONSTRUCT, "fp16": RECONSTRUCT_HALF}
 
 
 class Client(Pipeline):
@@ -50,6 +63,8 @@ class Client(Pipeline):
         url: str | Sequence[str] = "localhost:8001",
         *,
         detector: str | Detector = "auto",
+        vertices: str = "fp32",
+        priority: str = "normal",
         deadline_s: float = 30.0,
         max_batch: int = signature.MAX_BATCH,
         retry: Retry | None = None,
@@ -65,7 +80,11 @@ class Client(Pipeline):
         Args:
             url: host:port of the server's gRPC interface; grpcs://, http:// and https:// in front choose another
                 way. Several urls: the next one takes over while one is busy or away.
-            detector: as for Reconstructor.
+            detector: as for Reconstructor, or "server": the server finds the faces, and this side needs no detector.
+                Files are then sent as they are (JPEG, PNG or WebP of at most 10 MiB), arrays as PNG.
+            vertices: how they travel. "fp16" is half the bytes and rounds them: on a head, 0.02 mm on average and
+                0.25 mm at most; they are float32 here all the same.
+            priority: "high" goes before "normal" in the server's queues.
             deadline_s: how long a call may take unless it says otherwise: reading, detection, repeats and queue
                 included. The server is told what is left of it. Where it passes, finding out whether the server is
                 alive takes up to PROBE_S more.
@@ -86,8 +105,12 @@ class Client(Pipeline):
         """
         if not 1 <= max_batch <= signature.MAX_BATCH:
             raise ConfigError(f"max_batch: expected 1..{signature.MAX_BATCH}, got {max_batch}")
+        if vertices not in _MODELS:
+            raise ConfigError(f"vertices: expected {' or '.join(map(repr, _MODELS))}, got {vertices!r}")
         self.deadline_s = Deadline(deadline_s).seconds
-        super().__init__(detector=detector)
+        self._sends_photos = isinstance(detector, str) and detector == "server"
+        super().__init__(detector="auto" if self._sends_photos else detector)
+        self._model = _MODELS[vertices]
         self.max_batch = max_batch
         if transport is None:
             addresses = [parse_url(one) for one in ([url] if isinstance(url, str) else url)]
@@ -95,7 +118,7 @@ class Client(Pipeline):
             ways = [open_transport(at, token=token, headers=headers, admin=admin, ca_file=ca) for at in addresses]
         else:
             ways = [transport]
-        self._connection = Connection(ways, retry=retry or Retry(), shared_memory=shared_memory)
+        self._connection = Connection(ways, retry=retry or Retry(), shared_memory=shared_memory, priority=priority)
         self._topology: Topology | None = None
         self._topology_lock = threading.Lock()
 
@@ -179,8 +202,11 @@ class Client(Pipeline):
             (486,) float32, see params.py.
         """
         deadline = self._deadline(deadline_s)
-        crops_u8 = self._prepare(photo, most=1).crops_u8
-        answer = self._connection.infer(REGRESS, {REGRESS.inputs[0].name: crops_u8}, deadline)
+        if self._sends_photos:
+            answer = self._ask_photo(photo, 1, deadline, RECONSTRUCT_PHOTO.outputs[:1])
+        else:
+            crops_u8 = self._prepare(photo, most=1).crops_u8
+            answer = self._connection.infer(REGRESS, {REGRESS.inputs[0].name: crops_u8}, deadline)
         (parameters,) = self._check([answer[REGRESS.outputs[0].name]], REGRESS.outputs)
         return parameters[0]
 
@@ -267,19 +293,43 @@ class Client(Pipeline):
         deadline: Deadline,
         ask: Callable[[np.ndarray, Deadline], tuple[np.ndarray, ...]],
     ) -> list[Face]:
+        if self._sends_photos:
+            return self._reconstruct_there(photo, most, deadline)
         prepared = self._prepare(photo, most)
         began = time.perf_counter()
         crops_u8 = prepared.crops_u8
         parts = [ask(crops_u8[k : k + self.max_batch], deadline) for k in range(0, len(crops_u8), self.max_batch)]
         joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]  # writable, and no larger than needed
-        outputs = self._check(joined, RECONSTRUCT.outputs)
+        outputs = self._check(joined, self._model.outputs)
         infer_ms = 1e3 * (time.perf_counter() - began)
         self._ask_topology(deadline)
         return self._finish(prepared, outputs, infer_ms)
 
+    def _reconstruct_there(self, photo: Photo, most: int | None, deadline: Deadline) -> list[Face]:
+        began = time.perf_counter()
+        by_name = {tensor.name: tensor for tensor in RECONSTRUCT_PHOTO.every_output}
+        heads = [by_name[tensor.name] for tensor in self._model.outputs]
+        answer = self._ask_photo(photo, most, deadline, (*heads, *DETECTED))
+        prepared = Prepared.from_arrays(answer, began)
+        outputs = self._check([np.array(answer[tensor.name], np.float32) for tensor in heads], heads)
+        infer_ms = 1e3 * (time.perf_counter() - began) - sum(prepared.timings_ms.values())
+        self._ask_topology(deadline)
+        return self._finish(prepared, outputs, infer_ms)
+
+    def _ask_photo(
+        self, photo: Photo, most: int | None, deadline: Deadline, outputs: Sequence[Tensor]
+    ) -> dict[str, np.ndarray]:
+        inputs = {PHOTO.name: np.array([to_file(photo)], np.object_)}
+        if most is not None:
+            inputs[MOST.name] = np.array([most], np.int32)
+        try:
+            return self._connection.infer(RECONSTRUCT_PHOTO, inputs, deadline, outputs=outputs)
+        except PhotoError as error:  # the server knows its bytes only
+            raise type(error)(str(error).replace(name(b""), name(photo), 1)) from error
+
     def _ask_heads(self, crops_u8: np.ndarray, deadline: Deadline) -> tuple[np.ndarray, ...]:
-        answer = self._connection.infer(RECONSTRUCT, {RECONSTRUCT.inputs[0].name: crops_u8}, deadline)
-        return tuple(answer[tensor.name] for tensor in RECONSTRUCT.outputs)
+        answer = self._connection.infer(self._model, {self._model.inputs[0].name: crops_u8}, deadline)
+        return tuple(_widen(answer[tensor.name]) for tensor in self._model.outputs)
 
     def _infer(self, crops_u8: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         parameters, vertices, landmarks = self._ask_heads(crops_u8, Deadline(self.deadline_s))
@@ -303,6 +353,10 @@ class Client(Pipeline):
             if not np.isfinite(array).all():
                 raise ServerError(f"{self.url}: {tensor.name}: has values that are not finite; check the weights")
         return arrays
+
+
+def _widen(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from chebface.client.memory import Memory
-from chebface.client.wire import Address, Deadline, Failure, Part, Request, Retry, Transport, classify
-from chebface.errors import ConfigError, InputError, ServerBusyError, ServerError, ServerUnavailableError
-from chebface.signature import Model, Tensor
+from chebface.client.wire import Address, Deadline, Failure, Part, Request, Retry, Transport, blame_photo, classify
+from chebface.errors import (
+    ConfigError,
+    InputError,
+    PhotoError,
+    ServerBusyError,
+    ServerError,
+    ServerUnavailableError,
+)
+from chebface.signature import PRIORITIES, Model, Tensor
 
 PROBE_S = 1.0  # how long a server that missed a deadline may take to say that it is alive
 TOKENS, REFILL = 10.0, 0.1  # repeats after "busy": what is saved up, and what each success adds
@@ -57,21 +64,27 @@ def open_transport(
 class Connection:
     """Arrays in, arrays out. Threads share it."""
 
-    def __init__(self, transports: Sequence[Transport], *, retry: Retry, shared_memory: str) -> None:
+    def __init__(
+        self, transports: Sequence[Transport], *, retry: Retry, shared_memory: str, priority: str = "normal"
+    ) -> None:
         """Nothing is sent yet.
 
         Args:
             transports: one per server; the next takes over where one is busy or away.
             retry: when to send again.
             shared_memory: "auto", "on" or "off".
+            priority: of signature.PRIORITIES.
 
         Raises:
-            ConfigError: no transport, or another word for shared_memory.
+            ConfigError: no transport, or another word for shared_memory or priority.
         """
         if not transports:
             raise ConfigError("url: expected at least one server, got none")
         if shared_memory not in ("auto", "on", "off"):
             raise ConfigError(f"shared_memory: expected 'auto', 'on' or 'off', got {shared_memory!r}")
+        if priority not in PRIORITIES:
+            raise ConfigError(f"priority: expected {' or '.join(map(repr, PRIORITIES))}, got {priority!r}")
+        self._priority = PRIORITIES[priority]
         self._lines = [(transport, Memory(transport, shared_memory)) for transport in transports]
         self._retry = retry
         self._current = 0
@@ -117,7 +130,7 @@ class Connection:
             model: its entry in signature.py.
             inputs: arrays by tensor name; batched models want the batch dimension in front.
             deadline: the answer's; repeats and waits included.
-            outputs: those that should come back; None is all.
+            outputs: those that should come back; None is all but those on request.
 
         Returns:
             Arrays by output name, which may be read-only.
@@ -125,8 +138,9 @@ class Connection:
         Raises:
             InputError: an array is not what signature.py says, or the client is closed.
             ServerUnavailableError, ServerBusyError, ServerError: the server is away, too busy, or failed.
+            PhotoError, NoFaceError: what the server says of a photo.
         """
-        request = Request.make(model, inputs, outputs)
+        request = Request.make(model, inputs, outputs, self._priority)
         failed = 0
         while True:
             if self._closed:
@@ -138,7 +152,7 @@ class Connection:
                 answer = request.read(parts, transport.url)
             except Failure as failure:
                 failed += 1
-                error = classify(
+                error = blame_photo(failure) or classify(
                     failure,
                     transport.url,
                     model.name if failed == 1 else f"{model.name} (try {failed})",
@@ -157,7 +171,7 @@ class Connection:
                 self._tokens = min(TOKENS, self._tokens + REFILL)
                 return answer
 
-    def _may_repeat(self, error: ServerError) -> bool:
+    def _may_repeat(self, error: ServerError | PhotoError) -> bool:
         """Busy is repeated only while most requests get through: repeats would keep an overloaded server overloaded."""
         if isinstance(error, ServerBusyError):
             with self._lock:

@@ -56,12 +56,12 @@ class Region:
     def write(self, request: Request) -> None:
         """Lay out a request and copy its inputs."""
         at, self.places = 0, {}
-        for tensor in (*request.model.inputs, *request.outputs):
+        for tensor in (*request.inputs, *request.outputs):
             self.places[tensor.name] = (at, request.size_of(tensor))
             at += -(-request.size_of(tensor) // _ALIGN) * _ALIGN
-        for tensor, array in zip(request.model.inputs, request.arrays, strict=True):
+        for tensor, content in zip(request.inputs, request.contents, strict=True):
             offset, size = self.places[tensor.name]
-            self._map[offset : offset + size] = array.data.cast("B")
+            self._map[offset : offset + size] = content
 
     def read(self, parts: dict[str, Part]) -> dict[str, Part]:
         """The outputs with their bytes, copied out."""
@@ -85,7 +85,7 @@ def _remove(path: Path, file: int, memory: mmap.mmap, owner: int) -> None:
 
 def bytes_of(request: Request) -> int:
     """Room that a request and its answer need in a region; 0 where only the answer tells."""
-    sizes = [request.size_of(tensor) for tensor in (*request.model.inputs, *request.outputs)]
+    sizes = [request.size_of(tensor) for tensor in (*request.inputs, *request.outputs)]
     return sum(-(-size // _ALIGN) * _ALIGN for size in sizes) if all(sizes) else 0
 
 

@@ -73,10 +73,12 @@ class GrpcTransport(Transport):
         """See Transport."""
         message = self._messages.ModelInferRequest(model_name=request.model.name)
         message.parameters["timeout"].int64_param = max(1, int(timeout_s * 1e6))
-        for tensor, array in zip(request.model.inputs, request.arrays, strict=True):
+        if request.is_urgent:
+            message.parameters["priority"].uint64_param = request.priority
+        for tensor, array, content in zip(request.inputs, request.arrays, request.contents, strict=True):
             place = message.inputs.add(name=tensor.name, datatype=tensor.dtype, shape=array.shape)
             if region is None:
-                message.raw_input_contents.append(array.tobytes())
+                message.raw_input_contents.append(bytes(content))
             else:
                 _point(place.parameters, region, tensor.name)
         for tensor in request.outputs:

@@ -113,26 +113,29 @@ class HttpTransport(Transport):
 
     def send(self, request: Request, timeout_s: float, region: Region | None = None) -> dict[str, Part]:
         """See Transport."""
+        contents = request.contents
         inputs = [
             {
                 "name": tensor.name,
                 "datatype": tensor.dtype,
                 "shape": list(array.shape),
-                "parameters": _point(region, tensor.name) if region else {"binary_data_size": array.nbytes},
+                "parameters": _point(region, tensor.name) if region else {"binary_data_size": len(content)},
             }
-            for tensor, array in zip(request.model.inputs, request.arrays, strict=True)
+            for tensor, array, content in zip(request.inputs, request.arrays, contents, strict=True)
         ]
         outputs = [
             {"name": tensor.name, "parameters": _point(region, tensor.name) if region else {"binary_data": True}}
             for tensor in request.outputs
         ]
-        timeout_us = max(1, int(timeout_s * 1e6))
-        head = json.dumps({"inputs": inputs, "outputs": outputs, "parameters": {"timeout": timeout_us}}).encode()
+        parameters = {"timeout": max(1, int(timeout_s * 1e6))}
+        if request.is_urgent:
+            parameters["priority"] = request.priority
+        head = json.dumps({"inputs": inputs, "outputs": outputs, "parameters": parameters}).encode()
         content, length = self._exchange(
             "POST",
             f"/v2/models/{request.model.name}/infer",
             timeout_s,
-            [head, *(() if region else request.arrays)],
+            [head, *(() if region else contents)],
             {_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"},
         )
         try:

@@ -8,6 +8,7 @@ face = client.reconstruct(photo)    # parameters[0] is the mean of the crop, in 
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -18,11 +19,22 @@ import numpy as np
 
 from chebface import params, signature
 from chebface.client.memory import Region
-from chebface.client.wire import Failure, Part, Request, Transport
+from chebface.client.wire import Failure, Part, Request, Transport, pack
 from chebface.crop import ARCFACE_POINTS_PX
 from chebface.detect import Detection, Detector
-from chebface.errors import ConfigError
-from chebface.signature import CROP_PX, HEAD_FACTS, LANDMARKS_M, PARAMETERS, TRIANGLES, VERTICES_M
+from chebface.errors import ConfigError, PhotoError
+from chebface.served import Served
+from chebface.signature import (
+    CROP_PX,
+    HEAD_FACTS,
+    LANDMARKS_M,
+    MOST,
+    PARAMETERS,
+    RECONSTRUCT_PHOTO,
+    TRIANGLES,
+    VERTICES_HALF,
+    VERTICES_M,
+)
 
 Answer = Callable[[Request], Mapping[str, np.ndarray]]
 FACTS = {"name": "fake", "version": "0", "licence": "CC0-1.0", "sha256": "0" * 64}
@@ -39,18 +51,19 @@ class FakeTransport(Transport):
 
     name = "fake"
 
-    def __init__(self, answer: Answer | None = None, *, delay_s: float = 0.0) -> None:
+    def __init__(self, answer: Answer | None = None, *, delay_s: float = 0.0, faces: int = 1) -> None:
         """
         Args:
-            answer: arrays by output name for a request, in place of the ball.
+            answer: arrays by output name for a request, in place of the ball; a PhotoError from it reaches the client.
             delay_s: how long each request takes; it may be changed at any time.
+            faces: that it finds in a photo, where the client leaves that to the server.
         """
         self.url = "fake:8001"
         self.delay_s = delay_s
         self.requests: list[Request] = []  # those that came, failed ones too
         self.timeouts_s: list[float] = []  # what the client said that each of them had
         self.is_closed = False
-        self._answer = answer or answer_ball
+        self._answer = answer or functools.partial(answer_ball, faces=faces)
         self._script: deque[Failure] = deque()
         self._for_good: Failure | None = None
         self._lock = threading.Lock()
@@ -95,8 +108,13 @@ class FakeTransport(Transport):
         if failure:
             raise Failure(failure.status, failure.text)
         wanted = {tensor.name: tensor.dtype for tensor in request.outputs}
-        arrays = {name: array for name, array in self._answer(request).items() if name in wanted}
-        return {name: Part(wanted[name], array.shape, _pack(array)) for name, array in arrays.items()}
+        try:
+            arrays = {name: array for name, array in self._answer(request).items() if name in wanted}
+        except PhotoError as error:
+            raise Failure("INVALID_ARGUMENT", f"{type(error).__name__}: {error}") from error
+        return {
+            name: Part(wanted[name], array.shape, pack(np.ascontiguousarray(array))) for name, array in arrays.items()
+        }
 
     def probe(self, what: str, timeout_s: float) -> bool:
         """Alive and ready, unless told to be dead or hung for good."""
@@ -129,8 +147,24 @@ class FakeDetector(Detector):
         return np.zeros((0, 15))
 
 
-def answer_ball(request: Request) -> dict[str, np.ndarray]:
-    """Every output there is: parameters whose first is the mean of the crop in [0, 1], camera facing; a ball."""
+def answer_ball(request: Request, faces: int = 1) -> dict[str, np.ndarray]:
+    """Every output there is: parameters whose first is the mean of the crop in [0, 1], camera facing; a ball.
+
+    Args:
+        request: any; one with a photo is read and cut as FakeDetector(faces) does.
+        faces: in a photo.
+
+    Raises:
+        PhotoError, NoFaceError: the photo cannot be read, or there is no face.
+    """
+    if request.model is RECONSTRUCT_PHOTO:
+        served = Served(
+            lambda model, crops_u8: answer_ball(Request.make(model, {model.inputs[0].name: crops_u8})),
+            detector=FakeDetector(faces),
+        )
+        given = dict(zip((tensor.name for tensor in request.inputs), request.arrays, strict=True))
+        most = {"most": int(given[MOST.name][0])} if MOST.name in given else {}
+        return served.answer(request.arrays[0][0], [tensor.name for tensor in request.outputs], **most)
     batch, first = request.batch or 1, request.arrays[0]
     parameters = np.zeros((batch, *PARAMETERS.shape), np.float32)
     if request.model.batched:
@@ -146,13 +180,8 @@ def answer_ball(request: Request) -> dict[str, np.ndarray]:
     return {
         PARAMETERS.name: parameters,
         VERTICES_M.name: vertices,
+        VERTICES_HALF.name: vertices.astype(np.float16),
         LANDMARKS_M.name: np.ascontiguousarray(vertices[:, :: signature.VERTICES // LANDMARKS_M.shape[0]][:, :68]),
         TRIANGLES.name: corners.astype(np.int32),
         HEAD_FACTS.name: np.array([json.dumps(FACTS).encode()], np.object_),
     }
-
-
-def _pack(array: np.ndarray) -> bytes:
-    if array.dtype == np.object_:
-        return b"".join(len(item).to_bytes(4, "little") + item for item in array.ravel().tolist())
-    return array.tobytes()

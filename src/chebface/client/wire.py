@@ -14,13 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chebface.errors import ConfigError, InputError, ServerBusyError, ServerError, ServerUnavailableError
-from chebface.signature import BUSY_TEXTS, DEAD_TEXTS, Model, Tensor
+from chebface.errors import (
+    ConfigError,
+    InputError,
+    NoFaceError,
+    PhotoError,
+    ServerBusyError,
+    ServerError,
+    ServerUnavailableError,
+)
+from chebface.signature import BUSY_TEXTS, DEAD_TEXTS, PHOTO_ERRORS, PRIORITIES, Model, Tensor
 
 if TYPE_CHECKING:
     from chebface.client.memory import Region
 
-NUMPY_TYPES: dict[str, Any] = {"FP32": np.float32, "UINT8": np.uint8, "INT32": np.int32, "BYTES": np.object_}
+NUMPY_TYPES: dict[str, Any] = {
+    "FP32": np.float32,
+    "FP16": np.float16,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "BYTES": np.object_,
+}
 SCHEMES = ("grpc", "grpcs", "http", "https")
 LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN", "HTTP 502", "HTTP 504")
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -138,26 +152,36 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A checked request: contiguous arrays in the order of the model's inputs, and the outputs that are wanted."""
+    """A checked request: its inputs with contiguous arrays for them, and the outputs that are wanted."""
 
     model: Model
+    inputs: tuple[Tensor, ...]
     arrays: tuple[np.ndarray, ...]
     outputs: tuple[Tensor, ...]
     batch: int | None
+    priority: int = PRIORITIES["normal"]
 
     @classmethod
-    def make(cls, model: Model, inputs: Mapping[str, np.ndarray], outputs: Sequence[Tensor] | None = None) -> Request:
+    def make(
+        cls,
+        model: Model,
+        inputs: Mapping[str, np.ndarray],
+        outputs: Sequence[Tensor] | None = None,
+        priority: int = PRIORITIES["normal"],
+    ) -> Request:
         """Check arrays against the signature.
 
         Args:
             model: its entry in signature.py.
             inputs: arrays by tensor name; batched models want the batch dimension in front.
-            outputs: those of the model's that should come back; None is all.
+            outputs: those of the model's that should come back; None is all but those on request.
+            priority: of signature.PRIORITIES.
 
         Raises:
             InputError: an array is not what signature.py says.
         """
-        for tensor in model.inputs:
+        given = (*model.inputs, *(tensor for tensor in model.optional if tensor.name in inputs))
+        for tensor in given:
             array = inputs[tensor.name]
             shape = array.shape[1:] if model.batched else array.shape
             empty = model.batched and not len(array)
@@ -167,18 +191,30 @@ class Request:
                     f"{tensor.name}: expected ({', '.join(map(str, wanted))}) {tensor.dtype}, "
                     f"got {array.shape} {array.dtype}"
                 )
-        arrays = tuple(np.ascontiguousarray(inputs[tensor.name]) for tensor in model.inputs)
-        return cls(model, arrays, tuple(outputs or model.outputs), len(arrays[0]) if model.batched else None)
+        arrays = tuple(np.ascontiguousarray(inputs[tensor.name]) for tensor in given)
+        batch = len(arrays[0]) if model.batched else None
+        return cls(model, given, arrays, tuple(outputs or model.outputs), batch, priority)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether its priority is another than what a server takes for granted."""
+        return self.priority != PRIORITIES["normal"]
+
+    @property
+    def contents(self) -> tuple[memoryview | bytes, ...]:
+        """The inputs as they travel."""
+        return tuple(pack(array) for array in self.arrays)
 
     def shape_of(self, tensor: Tensor) -> tuple[int, ...]:
-        """The whole shape of an input or output in this request."""
+        """The whole shape of an input or output in this request; -1 where only the answer tells."""
         return tensor.shape if self.batch is None else (self.batch, *tensor.shape)
 
     def size_of(self, tensor: Tensor) -> int:
         """Bytes of an input or output in this request; 0 where only its content tells."""
-        if tensor.dtype == "BYTES":
+        shape = self.shape_of(tensor)
+        if tensor.dtype == "BYTES" or -1 in shape:
             return 0
-        return math.prod(self.shape_of(tensor)) * np.dtype(NUMPY_TYPES[tensor.dtype]).itemsize
+        return math.prod(shape) * np.dtype(NUMPY_TYPES[tensor.dtype]).itemsize
 
     def read(self, parts: Mapping[str, Part], where: str) -> dict[str, np.ndarray]:
         """Arrays by output name, from what came back.
@@ -192,17 +228,32 @@ class Request:
         shape, got = self.shape_of(tensor), "nothing"
         if part is not None and part.content is not None:
             got = f"{part.shape} {part.dtype} in {len(part.content)} bytes"
-            if part.shape == shape and part.dtype == tensor.dtype:
+            if part.dtype == tensor.dtype and _fits(part.shape, shape):
+                shape = part.shape
                 if tensor.dtype == "BYTES":
                     items = _split_bytes(part.content)
                     if len(items) == math.prod(shape):
                         return np.array(items, np.object_).reshape(shape)
-                elif len(part.content) == self.size_of(tensor):
+                elif len(part.content) == math.prod(shape) * np.dtype(NUMPY_TYPES[tensor.dtype]).itemsize:
                     return np.frombuffer(part.content, NUMPY_TYPES[tensor.dtype]).reshape(shape)
         raise ServerError(
             f"{where}: {self.model.name}: {tensor.name}: expected {shape} {tensor.dtype}, got {got}; "
             "the server's models are from another version of chebface"
         )
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a shape is the wanted one, in which -1 is any number above 0."""
+    return len(found) == len(wanted) and all(
+        size == want or (want == -1 and size > 0) for size, want in zip(found, wanted, strict=True)
+    )
+
+
+def pack(array: np.ndarray) -> memoryview | bytes:
+    """A contiguous array as it travels: its bytes; strings each behind their length."""
+    if array.dtype == np.object_:
+        return b"".join(len(item).to_bytes(4, "little") + item for item in array.ravel().tolist())
+    return array.data.cast("B")
 
 
 def _split_bytes(content: bytes | bytearray | memoryview) -> list[bytes]:
@@ -257,6 +308,14 @@ class Transport(abc.ABC):
 
     def close(self) -> None:  # noqa: B027
         """End every connection. Safe to call twice."""
+
+
+def blame_photo(failure: Failure) -> PhotoError | None:
+    """The error where the server says that it is the photo's, not its own."""
+    for mark, kind in zip(PHOTO_ERRORS, (NoFaceError, PhotoError), strict=True):
+        if mark in failure.text:
+            return kind(failure.text.partition(mark)[2])
+    return None
 
 
 def classify(
