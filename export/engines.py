@@ -26,6 +26,7 @@ import numpy as np
 
 from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.signature import Model
+from export.folder import digest
 from export.parity import LIMITS, ParityError
 from export.precision import emulate, open_session
 
@@ -231,62 +232,64 @@ def digest_onnx(path: Path, proto: onnx.ModelProto) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        found = hashlib.sha256()
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
-
-
 def run_engine(
     compiler: Compiler, plan: bytes, ranges: Sequence[Batch], log: Log, feeds: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Load an engine that was just built, or passed `check_engine`, and run it once on the GPU.
+    """Load an engine and run it once on the GPU. See `open_engine`."""
+    return open_engine(compiler, plan, ranges, log)(feeds)
+
+
+def open_engine(compiler: Compiler, plan: bytes, ranges: Sequence[Batch], log: Log) -> Run:
+    """Load an engine that was just built, or passed `check_engine`.
 
     Args:
         compiler: the TensorRT that built it.
         plan: the engine.
         ranges: the batch range of each of its profiles.
         log: where TensorRT's complaints are kept.
-        feeds: inputs by name, (B, ...) each.
 
     Returns:
-        Outputs by name.
+        What runs it: inputs by name, (B, ...) each, to outputs by name. It raises ConfigError where no profile takes
+        that batch, and AssetError where TensorRT refuses.
 
     Raises:
-        ConfigError: no profile takes that batch.
-        AssetError: TensorRT refuses to load or run it.
+        AssetError: TensorRT refuses to load it.
     """
     import torch
 
-    size = len(next(iter(feeds.values())))
-    profile = next((i for i, (least, _, most) in enumerate(ranges) if least <= size <= most), None)
-    if profile is None:
-        raise ConfigError(f"feeds: expected a batch within {list(ranges)}, got {size}")
     trt = compiler.module
     engine = trt.Runtime(logger_of(trt)).deserialize_cuda_engine(plan)
     if engine is None:
         raise AssetError(f"{compiler.title} does not load its engine: {log.tell()}")
     context = engine.create_execution_context()
-    stream = torch.cuda.current_stream()
-    context.set_optimization_profile_async(profile, stream.cuda_stream)
-    buffers: dict[str, torch.Tensor] = {}
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    for name in names:
-        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+    inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    chosen: list[int] = []
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        size = len(next(iter(feeds.values())))
+        profile = next((i for i, (least, _, most) in enumerate(ranges) if least <= size <= most), None)
+        if profile is None:
+            raise ConfigError(f"feeds: expected a batch within {list(ranges)}, got {size}")
+        stream = torch.cuda.current_stream()
+        if chosen != [profile]:
+            context.set_optimization_profile_async(profile, stream.cuda_stream)
+            chosen[:] = [profile]
+        for name in inputs:
             context.set_input_shape(name, feeds[name].shape)
-            buffers[name] = torch.tensor(feeds[name], device=DEVICE)
-    outputs = [name for name in names if name not in buffers]
-    for name in outputs:  # every output of an engine is FP32, see _check_tensors
-        buffers[name] = torch.full(tuple(context.get_tensor_shape(name)), float("nan"), device=DEVICE)
-    for name, buffer in buffers.items():
-        context.set_tensor_address(name, buffer.data_ptr())
-    if not context.execute_async_v3(stream.cuda_stream):
-        raise AssetError(f"{compiler.title} does not run its engine: {log.tell()}")
-    stream.synchronize()
-    return {name: buffers[name].cpu().numpy() for name in outputs}
+        buffers = {name: torch.tensor(feeds[name], device=DEVICE) for name in inputs}
+        outputs = [name for name in names if name not in buffers]
+        for name in outputs:  # FP32 or FP16, see _check_tensors
+            kind = torch.float16 if engine.get_tensor_dtype(name).name == "HALF" else torch.float32
+            buffers[name] = torch.full(tuple(context.get_tensor_shape(name)), float("nan"), dtype=kind, device=DEVICE)
+        for name, buffer in buffers.items():
+            context.set_tensor_address(name, buffer.data_ptr())
+        if not context.execute_async_v3(stream.cuda_stream):
+            raise AssetError(f"{compiler.title} does not run its engine: {log.tell()}")
+        stream.synchronize()
+        return {name: buffers[name].cpu().numpy() for name in outputs}
+
+    return run
 
 
 def why_not_run(compiler: Compiler, target: str) -> str | None:
@@ -326,7 +329,8 @@ def compare(
     import onnx
 
     session = open_session(emulate(onnx.load(str(onnx_path))))
-    names = [t.name for t in model.outputs]
+    there = {each.name for each in session.get_outputs()}
+    names = [t.name for t in model.every_output if t.name in there]
     wanted = dict(zip(names, session.run(names, dict(feeds)), strict=True))
     found = run(feeds)
     result: dict[str, Any] = {"batch": len(next(iter(feeds.values())))}
@@ -337,7 +341,8 @@ def compare(
         if ours.ndim == 3:  # points, (B, N, 3) metres
             error = 1e3 * np.linalg.norm(ours - theirs, axis=-1)
             errors = {"mean_mm": float(error.mean()), "max_mm": float(error.max())}
-            limits: dict[str, float] = dict(zip(errors, LIMITS[precision], strict=True))
+            kept = "fp16" if found[name].dtype == np.float16 else precision
+            limits: dict[str, float] = dict(zip(errors, LIMITS[kept], strict=True))
         else:
             errors = {"max_share": float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-12))}
             limits = {"max_share": LIMIT_SHARE} if precision == "fp32" else {}

@@ -2,13 +2,14 @@
 and no calibration saw.
 
 Half-precision graphs are judged by what their numbers are on a device that has such arithmetic, not by what
-onnxruntime's CPU makes of them (precision.emulate); the report's `computed_in` says what was run.
+onnxruntime's CPU makes of them (precision.emulate); the report's `computed_in` says what was run. On a GPU (device
+cuda) files run as they are. The reference is float32 torch on the CPU either way.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,20 @@ import numpy as np
 from chebface import camera, params
 from chebface.config import Synthesize
 from chebface.crop import WIDE_PX
-from chebface.errors import AssetError, ChebfaceError, ConfigError
+from chebface.errors import AssetError, ChebfaceError, ConfigError, MissingDependencyError
 from chebface.files import write_whole
-from chebface.signature import CROP_PX, DECODE, ENCODE, RECONSTRUCT, REGRESS, TOPOLOGY
+from chebface.signature import (
+    CROP_PX,
+    DECODE,
+    ENCODE,
+    RECONSTRUCT,
+    REGRESS,
+    TOPOLOGY,
+    VERTICES_HALF,
+    VERTICES_M,
+    Model,
+    Tensor,
+)
 from export.precision import PRECISIONS, check_crops, emulate, open_session, precision_of
 
 if TYPE_CHECKING:
@@ -34,6 +46,8 @@ if TYPE_CHECKING:
 # Mean and most that a vertex may move, mm. bf16 has three bits fewer than fp16: 0.06 and 0.4 were measured on the demo
 # weights, where fp16 had 0.009 and 0.04.
 LIMITS = {"fp32": (0.001, 0.01), "fp16": (0.05, 0.5), "bf16": (0.2, 1.5), "int8": (0.5, 2.0)}
+DEVICES = ("cpu", "cuda")
+HALF = VERTICES_HALF.name  # judged as fp16 is
 LIMIT_COSINE = 1e-5  # from 1, between descriptors of `encode`, which is float32 always
 HELD_OUT = 64
 SEED = 5023_112  # of held-out crops; no dataset of ours has it
@@ -45,6 +59,9 @@ _COMPUTED_IN = {
     "fp16": "float32 sums, weights and every tensor rounded to float16: emulated, this CPU has no such kernels",
     "bf16": "float32 sums, weights and every tensor rounded to bfloat16: emulated, this CPU has no such kernels",
 }
+
+
+Ask = Callable[[np.ndarray], Mapping[str, np.ndarray]]  # one input in, outputs by name
 
 
 class ParityError(ChebfaceError):
@@ -93,6 +110,7 @@ def measure(
     crops_u8: np.ndarray,
     *,
     source: str = "given",
+    device: str = DEVICES[0],
 ) -> Parity:
     """Run the files of one export in onnxruntime and the modules in torch on the same crops.
 
@@ -102,6 +120,7 @@ def measure(
         encoder: where the head has one, in eval mode; needed where `encode` is in paths.
         crops_u8: (n, 112, 112, 3) uint8, held out.
         source: where the crops come from, for the report.
+        device: where the files run; see `check_device`.
 
     Raises:
         InputError: no crops, or not such crops.
@@ -116,27 +135,30 @@ def measure(
             raise AssetError(f"parity: {name} is not among {', '.join(paths)}; export it too")
     if ENCODE.name in paths and encoder is None:
         raise AssetError(f"parity: {ENCODE.name} has no mesh encoder to be compared with; load the head's")
-    graphs = {name: _read(path) for name, path in paths.items()}
-    precision = precision_of(graphs[REGRESS.name])
-    run = {name: _runner(proto) for name, proto in graphs.items()}
+    precision = precision_of(_read(paths[REGRESS.name]))
+    run = {name: _open(path, device) for name, path in paths.items()}
     if TOPOLOGY.name in paths:
-        triangles = run[TOPOLOGY.name](np.zeros(1, np.int32))[0]
+        triangles = run[TOPOLOGY.name](np.zeros(1, np.int32)).get(TOPOLOGY.outputs[0].name, np.zeros(0))
         if not np.array_equal(triangles, flame.faces.numpy()):
             raise ParityError(f"{paths[TOPOLOGY.name]}: not the head's triangles; export it again")
 
     truth = _truth(regressor, flame, crops_u8)
-    found = _answers(run[REGRESS.name], crops_u8, [truth.parameters])[0]
+    (found,) = _answers(run[REGRESS.name], REGRESS.outputs, crops_u8, [truth.parameters])
     theirs = _decode(flame, found)
-    chained = _answers(run[DECODE.name], found, [truth.vertices, truth.landmarks])
+    chained = _answers(run[DECODE.name], DECODE.outputs, found, [truth.vertices, truth.landmarks])
     errors = _distance_mm(chained[0], truth.vertices)
     artefacts = {REGRESS.name: _spread(_distance_mm(theirs[0], truth.vertices))}
     drawn = np.concatenate([truth.parameters, draw_parameters(np.random.default_rng(SEED), _DRAWN)])
     wanted = _decode(flame, drawn)
-    answers = _answers(run[DECODE.name], drawn, wanted)
+    answers = _answers(run[DECODE.name], DECODE.outputs, drawn, wanted)
     points = [np.concatenate(pair, axis=1) for pair in (answers, wanted)]
     artefacts[DECODE.name] = _spread(_distance_mm(*points))
+    if HALF in run[DECODE.name](drawn[:1]):
+        (half,) = _answers(run[DECODE.name], DECODE.on_request, drawn, wanted[:1])
+        artefacts[HALF] = _spread(_distance_mm(half, wanted[0]))
     if RECONSTRUCT.name in paths:
-        fused = _answers(run[RECONSTRUCT.name], crops_u8, [truth.parameters, truth.vertices, truth.landmarks])
+        everything = [truth.parameters, truth.vertices, truth.landmarks]
+        fused = _answers(run[RECONSTRUCT.name], RECONSTRUCT.outputs, crops_u8, everything)
         artefacts[RECONSTRUCT.name] = _spread(_distance_mm(fused[1], truth.vertices))
         errors = max(errors, _distance_mm(fused[1], truth.vertices), key=lambda each: float(each.max()))
 
@@ -148,12 +170,12 @@ def measure(
             codes = [encoder.encode(each).numpy() for each in neutral]
         cosines = _cosine(*codes)
         if ENCODE.name in paths:
-            ours = _answers(run[ENCODE.name], neutral[0].numpy(), [codes[0]])[0]
+            (ours,) = _answers(run[ENCODE.name], ENCODE.outputs, neutral[0].numpy(), [codes[0]])
             artefacts[ENCODE.name] = {"descriptor_min_cosine": float(_cosine(ours, codes[0]).min())}
     px = np.linalg.norm(_landmarks_px(chained[1], found) - _landmarks_px(truth.landmarks, truth.parameters), axis=-1)
     return Parity(
         precision=precision,
-        computed_in=_COMPUTED_IN[precision],
+        computed_in=_COMPUTED_IN[precision] if device == DEVICES[0] else "as the files say, on this GPU",
         crops=len(crops_u8),
         source=source,
         **_spread(errors),
@@ -165,6 +187,26 @@ def measure(
         artefacts=artefacts,
         per_vertex_mm=errors.mean(0),
     )
+
+
+def check_device(device: str) -> None:
+    """Make sure that files and modules can run there.
+
+    Raises:
+        ConfigError: neither cpu nor cuda.
+        MissingDependencyError: torch sees no GPU, or onnxruntime has no provider for it.
+    """
+    import onnxruntime
+    import torch
+
+    if device not in DEVICES:
+        raise ConfigError(f"device: expected {' or '.join(DEVICES)}, got {device!r}")
+    if device == DEVICES[0]:
+        return
+    if not torch.cuda.is_available():
+        raise MissingDependencyError("device: cuda, but torch sees no GPU here; leave --device out, or go where one is")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise MissingDependencyError("device: cuda, but this onnxruntime is without it: pip install onnxruntime-gpu")
 
 
 def check(parity: Parity, precision: str | None = None) -> None:
@@ -189,6 +231,60 @@ def check(parity: Parity, precision: str | None = None) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Exam:
+    """What a model is asked, and how far any runtime's answers are from those of float32 torch."""
+
+    model: Model
+    given: np.ndarray  # (n, ...) of the model's one input
+    output: str  # the one of its outputs that is judged
+    _wanted: np.ndarray = field(repr=False)  # vertices (n, N, 3) m, or descriptors (n, 8)
+    _flame: Flame = field(repr=False)
+
+    def grade(self, answers: np.ndarray) -> dict[str, float]:
+        """`mean_mm` and `max_mm` between vertices (of parameters: after torch's own decoder), or
+        `descriptor_min_cosine`.
+
+        Raises:
+            ParityError: another shape, or not finite.
+        """
+        if self.model is REGRESS:
+            answers = _decode(self._flame, answers.astype(np.float32))[0]
+        if answers.shape != self._wanted.shape or not np.isfinite(answers).all():
+            raise ParityError(f"{self.model.name}: expected numbers {self._wanted.shape}, got {answers.shape}")
+        if self.model is ENCODE:
+            return {"descriptor_min_cosine": float(_cosine(answers, self._wanted).min())}
+        return _spread(_distance_mm(answers, self._wanted))
+
+
+def set_exam(
+    model: Model, regressor: Regressor, flame: Flame, encoder: MeshEncoder | None, crops_u8: np.ndarray
+) -> Exam:
+    """Questions for one of regress, decode, encode and reconstruct: the crops, or what torch makes of them.
+
+    Raises:
+        ConfigError: a model that no numbers are asked of.
+        InputError: no crops, or not such crops.
+        AssetError: encode without a mesh encoder.
+    """
+    import torch
+
+    check_crops(crops_u8, "held-out crops")
+    if model is ENCODE and encoder is None:
+        raise AssetError(f"{ENCODE.name}: this head has no mesh encoder; give one with --encoder FILE")
+    truth = _truth(regressor, flame, crops_u8)
+    if model in (REGRESS, RECONSTRUCT):
+        output = REGRESS.outputs[0] if model is REGRESS else VERTICES_M
+        return Exam(model, crops_u8, output.name, truth.vertices, flame)
+    if model is DECODE:
+        return Exam(model, truth.parameters, VERTICES_M.name, truth.vertices, flame)
+    if model is not ENCODE or encoder is None:
+        raise ConfigError(f"model: expected one that answers with numbers, got {model.name}")
+    with torch.no_grad():
+        neutral = flame.neutral(torch.from_numpy(truth.parameters[:, params.SLICES["shape"]].copy()))
+        return Exam(model, neutral.numpy(), ENCODE.outputs[0].name, encoder.encode(neutral).numpy(), flame)
+
+
 def judge(
     regressor: Regressor, flame: Flame, crops_u8: np.ndarray, *, precision: str = "int8", margin: float = 0.7
 ) -> Callable[[onnx.ModelProto], float]:
@@ -205,7 +301,7 @@ def judge(
     truth = _truth(regressor, flame, crops_u8)
 
     def share(proto: onnx.ModelProto) -> float:
-        parameters = _answers(_runner(proto), crops_u8, [truth.parameters])[0]
+        (parameters,) = _answers(_ask(_open_graph(proto), REGRESS.name), REGRESS.outputs, crops_u8, [truth.parameters])
         spread = _spread(_distance_mm(_decode(flame, parameters)[0], truth.vertices))
         return max(value / (margin * limit) for value, limit in zip(spread.values(), LIMITS[precision], strict=True))
 
@@ -297,41 +393,66 @@ def draw_crops(rng: np.random.Generator, batch: int) -> np.ndarray:
     return np.stack(crops)
 
 
-def _read(path: str | Path) -> onnx.ModelProto:
+def _read(path: str | Path, data: bool = True) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(path)
-    except (OSError, DecodeError) as error:
+        return onnx.load(path, load_external_data=data)
+    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise AssetError(f"{path}: not a readable ONNX file ({error}); export it again") from error
 
 
-def _runner(proto: onnx.ModelProto) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """One input in, all outputs out; half precision is emulated."""
-    halved = precision_of(proto) in ("fp16", "bf16")
-    session = open_session(emulate(proto), as_written=halved)  # an optimiser might undo the rounding
-    names = [each.name for each in session.get_inputs()]
-    if len(names) != 1:
-        raise AssetError(f"graph {proto.graph.name!r}: expected one input, got {names}; export it again")
+def open_file(path: str | Path, *, device: str = DEVICES[0], threads: int = 1) -> Any:
+    """An onnxruntime session of a file as it is, our operators registered, data beside it read.
 
-    def run(given: np.ndarray) -> list[np.ndarray]:
+    Raises:
+        AssetError: onnxruntime cannot read it.
+    """
+    import onnxruntime
+
+    proto = _read(path, data=False)
+    if device == DEVICES[0]:
+        beside = any(tensor.external_data for tensor in proto.graph.initializer)
+        return open_session(path if beside else proto, threads=threads)
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=["CUDAExecutionProvider"])
+    except Exception as error:  # its classes share no root
+        raise AssetError(f"{path}: onnxruntime cannot read it ({error}); export it again") from error
+
+
+def _open(path: str | Path, device: str) -> Ask:
+    halved = device == DEVICES[0] and precision_of(_read(path)) in ("fp16", "bf16")
+    return _ask(_open_graph(_read(path)) if halved else open_file(path, device=device), str(path))
+
+
+def _open_graph(proto: onnx.ModelProto) -> Any:
+    halved = precision_of(proto) in ("fp16", "bf16")
+    return open_session(emulate(proto), as_written=halved)  # an optimiser might undo the rounding
+
+
+def _ask(session: Any, name: str) -> Ask:
+    inputs, outputs = ([each.name for each in get()] for get in (session.get_inputs, session.get_outputs))
+    if len(inputs) != 1:
+        raise AssetError(f"{name}: expected one input, got {inputs}; export it again")
+
+    def run(given: np.ndarray) -> dict[str, np.ndarray]:
         try:
-            answers: list[np.ndarray] = session.run(None, {names[0]: given})
+            return dict(zip(outputs, session.run(None, {inputs[0]: given}), strict=True))
         except Exception as error:  # its classes share no root
-            raise AssetError(f"graph {proto.graph.name!r}: onnxruntime cannot run it ({error})") from error
-        return answers
+            raise AssetError(f"{name}: onnxruntime cannot run it ({error}); export it again") from error
 
     return run
 
 
-def _answers(
-    run: Callable[[np.ndarray], list[np.ndarray]], given: np.ndarray, wanted: list[np.ndarray]
-) -> list[np.ndarray]:
+def _answers(run: Ask, outputs: Sequence[Tensor], given: np.ndarray, wanted: list[np.ndarray]) -> list[np.ndarray]:
     """All batches, one after the other and of more than one size, checked for what no distance tells."""
+    names = [tensor.name for tensor in outputs]
     starts = [0, 1, *range(3, len(given), _BATCH)]  # batches of 1 and 2, then the rest
     batches = [run(part) for part in np.split(given, starts[1:]) if len(part)]
-    answers = [np.concatenate(each) for each in zip(*batches, strict=True)]
+    if missing := set(names) - set(batches[0]):
+        raise ParityError(f"no {', '.join(sorted(missing))} among the answers; export it again")
+    answers = [np.concatenate([each[name] for each in batches]) for name in names]
     if [each.shape for each in answers] != [each.shape for each in wanted]:
         raise ParityError(f"onnxruntime gives {[a.shape for a in answers]}, torch {[w.shape for w in wanted]}")
     if not all(np.isfinite(each).all() for each in answers):
@@ -384,16 +505,21 @@ def _landmarks_px(landmarks: np.ndarray, parameters: np.ndarray) -> np.ndarray:
 
 
 def _failures(parity: Parity, precision: str) -> list[str]:
+    whole = {"mean_mm": parity.mean_mm, "max_mm": parity.max_mm}
+    return [
+        failure
+        for name, found in {"crop to vertices": whole, **parity.artefacts}.items()
+        for failure in find_failures(name, found, {DECODE.name: "fp32", HALF: "fp16"}.get(name, precision))
+    ]
+
+
+def find_failures(name: str, found: Mapping[str, float], precision: str) -> list[str]:
+    """What of mean_mm, max_mm and descriptor_min_cosine is beyond the limits of a precision, in words."""
     failures = []
-    for name, found in {
-        "crop to vertices": {"mean_mm": parity.mean_mm, "max_mm": parity.max_mm},
-        **parity.artefacts,
-    }.items():
-        limits = LIMITS["fp32" if name == DECODE.name else precision]
-        for kind, limit in zip(("mean_mm", "max_mm"), limits, strict=True):
-            if kind in found and not found[kind] <= limit:
-                failures.append(f"{name} {kind[:-3]} {found[kind]:.4g} mm (limit {limit:g})")
-        cosine = found.get("descriptor_min_cosine", 1.0)
-        if not 1 - cosine <= LIMIT_COSINE:
-            failures.append(f"{name} descriptor cosine {cosine:.7f} (limit 1 - {LIMIT_COSINE:g})")
+    for kind, limit in zip(("mean_mm", "max_mm"), LIMITS[precision], strict=True):
+        if kind in found and not found[kind] <= limit:
+            failures.append(f"{name} {kind[:-3]} {found[kind]:.4g} mm (limit {limit:g})")
+    cosine = found.get("descriptor_min_cosine", 1.0)
+    if not 1 - cosine <= LIMIT_COSINE:
+        failures.append(f"{name} descriptor cosine {cosine:.7f} (limit 1 - {LIMIT_COSINE:g})")
     return failures

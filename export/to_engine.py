@@ -2,19 +2,19 @@
 
 It only compiles: precision is what the ONNX file says (a strongly typed network, TF32 off, so fp32 is fp32).
 `tensorrt_rtx` builds without a GPU; running, and so comparing, needs one.
+
+There is no plugin for the Chebyshev convolutions: `encode` is products over constants, which TensorRT takes as they are
+(46 layers of TensorRT-RTX). Whether a sparse plugin would be faster has not been measured: it takes a GPU.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,6 @@ from export.engines import (
     Say,
     check_engine,
     compare,
-    digest,
     digest_onnx,
     find_compiler,
     inspect_engine,
@@ -44,15 +43,15 @@ from export.engines import (
     run_engine,
     why_not_run,
 )
+from export.folder import MANIFEST, clear_leftovers, digest, room
 from export.precision import PRECISIONS, precision_of
-from export.to_onnx import MANIFEST
 
 if TYPE_CHECKING:
     import onnx
 
 BATCH: Batch = (1, 8, signature.MAX_BATCH)
 TAGS = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
-DTYPES = {"FLOAT": "FP32", "UINT8": "UINT8", "INT32": "INT32"}  # TensorRT's names to signature.py's
+DTYPES = {"FLOAT": "FP32", "HALF": "FP16", "UINT8": "UINT8", "INT32": "INT32"}  # TensorRT's names to signature.py's
 
 
 def build_engine(
@@ -316,7 +315,7 @@ def _compile(
     if plan is None:
         raise AssetError(f"{path}: {compiler.title} cannot build it for {target}: {log.tell()}")
     if cache:
-        with _room(cache, 0):
+        with room(cache):
             write_whole(cache, bytes(config.get_timing_cache().serialize()))
     return bytes(plan)
 
@@ -331,7 +330,7 @@ def _tell_refusal(error: Any) -> str:
 def _check_tensors(network: Any, model: Model, where: Path) -> None:
     for kind, count, get, tensors in (
         ("input", network.num_inputs, network.get_input, model.inputs),
-        ("output", network.num_outputs, network.get_output, model.outputs),
+        ("output", network.num_outputs, network.get_output, model.every_output),
     ):
         found = {t.name: (DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape)) for t in map(get, range(count))}
         wanted = {t.name: (t.dtype, (-1, *t.shape)) for t in tensors}
@@ -355,7 +354,8 @@ def _draw(model: Model, batch: int) -> dict[str, np.ndarray]:
 
 def _write(plan_path: Path, plan: bytes, report: dict[str, Any]) -> None:
     """The engine, then its report: one without the other is refused by `check_engine`."""
-    with _room(plan_path, len(plan)):
+    clear_leftovers(plan_path.parent)
+    with room(plan_path, len(plan)):
         with whole(plan_path) as partial:
             partial.write_bytes(plan)
         try:
@@ -363,17 +363,3 @@ def _write(plan_path: Path, plan: bytes, report: dict[str, Any]) -> None:
         except OSError:
             plan_path.unlink()
             raise
-
-
-@contextmanager
-def _room(path: Path, size: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise AssetError(
-            f"{path}: no space left for {size / 1e6:.1f} MB ({free / 1e6:.1f} MB free); make room or choose another "
-            "--output; nothing half-written was left"
-        ) from error

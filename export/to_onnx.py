@@ -15,7 +15,8 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,29 +26,45 @@ import chebface
 from chebface import signature
 from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.files import write_whole
-from chebface.signature import LEAVES, MODELS, Model
+from chebface.signature import MODELS, Model
 from export import custom, graphs
+from export.calibration import (
+    CALIBRATION,
+    CALIBRATION_COUNT,
+    CALIBRATION_CROPS,
+    CALIBRATION_SEED,
+    describe_calibration,
+    describe_ranges,
+)
 from export.custom import BASES
+from export.folder import MANIFEST, describe, find_changed, read_manifest, read_record, room, staging
 from export.graphs import OPSET, check_graph, check_opset
-from export.parity import HELD_OUT, SEED, ParityError, check, draw, judge, make_crops, measure
+from export.parity import DEVICES, HELD_OUT, SEED, ParityError, check, check_device, draw, judge, make_crops, measure
 from export.precision import PRECISIONS, cast, quantize_within
 
 if TYPE_CHECKING:
     import onnx
 
     from chebface.encoder import MeshEncoder
+    from chebface.flame import Flame
     from chebface.heads import Head
     from chebface.regressor import Regressor
 
-__all__ = ["MANIFEST", "ParityError", "export_onnx", "read_crops", "read_manifest", "write_onnx"]
+__all__ = [
+    "MANIFEST",
+    "Modules",
+    "ParityError",
+    "export_onnx",
+    "open_modules",
+    "read_manifest",
+    "write_onnx",
+]
 
-MANIFEST = "manifest.json"
 PICTURE = "parity.png"  # where on the head it is how wrong
-CALIBRATION, CALIBRATION_CROPS = "calibration.json", "calibration.npy"  # int8: ranges and tries, and the crops
 INEXACT = frozenset({"regress", "reconstruct"})  # only these are cast: geometry keeps float32, it costs little
-CALIBRATION_COUNT, CALIBRATION_SEED = 64, SEED + 1
 JUDGED_COUNT, JUDGED_SEED = 16, SEED + 2  # what int8 chooses its layers by; the report's crops are others
-LARGEST = 2**31 - 2**20  # bytes: protobuf ends at 2 GB
+LARGEST = 2**31 - 2**20  # bytes: protobuf ends at 2 GB; beyond, weights lie in NAME.onnx.data
+_SMALLEST = 1024  # bytes of a tensor that goes there
 NORMALIZATION = "uint8 RGB rows; (x - 127.5) / 127.5 is inside the graph"
 _CODE = (
     "arcface",
@@ -58,7 +75,7 @@ _CODE = (
     "params",
     "signature",
 )  # what the bytes follow from, in chebface
-_PROGRAM = ("graphs", "custom", "precision", "parity", "to_onnx")  # and here
+_PROGRAM = ("graphs", "custom", "precision", "parity", "calibration", "to_onnx")  # and here
 
 OPERATORS = ("standard", "native")
 
@@ -77,7 +94,10 @@ def export_onnx(
     basis: str = BASES[0],
     simplify: bool | None = None,
     crops_for_calibration: np.ndarray | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    device: str = DEVICES[0],
     force: bool = False,
+    dry_run: bool = False,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Export what is served, in one precision: regress, decode, topology, reconstruct, and encode where there is one.
@@ -94,47 +114,164 @@ def export_onnx(
         basis: of a native decode, "fp32" or "fp16".
         simplify: run onnxslim over what was traced; None does so where it is installed.
         crops_for_calibration: (n, 112, 112, 3) uint8 for int8; None makes synthetic ones of the head.
-        force: export even if the recorded digests say that nothing has changed.
+        calibration: for int8, what an earlier export saved in calibration.json: its ranges are taken as they are.
+        device: where the files run to be compared: cpu, or cuda with an onnxruntime for it.
+        force: export even if the recorded digests say that nothing has changed, or that a file was edited.
+        dry_run: write nothing; the answer has `because`, why an export would be made, or None.
         say: called with one line per step; what the user should know begins with "note:".
 
     Returns:
         The manifest, with `fresh` telling whether anything was written.
 
     Raises:
-        ConfigError: a precision or opset that cannot be had, or crops of another shape.
-        AssetError: weights, encoder and head do not fit each other.
-        ParityError: onnxruntime disagrees with torch; nothing was left behind.
-        MissingDependencyError: torch, onnx, onnxruntime, or an onnxslim that was asked for is not installed.
+        ConfigError: a precision, opset or device that cannot be had, or crops of another shape.
+        AssetError: weights, encoder and head do not fit each other; no space left; or a file in the folder was edited,
+            though it still computes the same.
+        ParityError: onnxruntime disagrees with torch, and nothing was left behind; or a file in the folder was edited
+            and no longer computes what torch does.
+        MissingDependencyError: torch, onnx, onnxruntime, or an onnxslim or GPU that was asked for is not there.
     """
     _check_wishes(precision, opset, operators, basis, crops_for_calibration)
     _need("torch", "onnx", "onnxscript", "onnxruntime", *(["onnxslim"] if simplify else []))
-    from chebface.checkpoint import check_head, load_regressor
-    from chebface.heads import open_head
-
+    check_device(device)
     began = time.monotonic()
     folder = Path(output)
-    regressor, card = load_regressor(Path(checkpoint) if checkpoint else None)
-    head = open_head(head_name or card["training"]["head"])
-    check_head(card, head)
-    mesh_encoder, encoder_card = _find_encoder(encoder, head, say)
+    modules = open_modules(checkpoint, head_name, encoder, say=say)
     slim = importlib.util.find_spec("onnxslim") is not None if simplify is None else simplify
-    facts = _facts(regressor, head, mesh_encoder) | {
-        "checkpoint_sha256": card.get("sha256", ""),
-        "encoder_sha256": encoder_card.get("sha256", ""),
+    facts = _facts(modules.regressor, modules.head, modules.encoder) | {
+        "checkpoint_sha256": modules.card.get("sha256", ""),
+        "encoder_sha256": modules.encoder_card.get("sha256", ""),
         "precision": precision,
         "opset": opset,
         "operators": operators,
         "basis": basis,
         "onnxslim": importlib.metadata.version("onnxslim") if slim else "",
-        "calibration": _describe_crops(crops_for_calibration) if precision == "int8" else "",
+        "calibration": describe_calibration(crops_for_calibration, calibration) if precision == "int8" else "",
     }
-    manifest = read_manifest(folder)
-    if not force and manifest and manifest["inputs"] == facts:
+    record = read_record(folder)
+    changed = find_changed(folder, record) if record else {}
+    because = _why(folder, record, changed, facts, force)
+    if dry_run:
+        say(f"{folder}: {f'to be exported: {because}' if because else 'up to date'}")
+        return {"inputs": facts, "fresh": False, "because": because}
+    if record and not because:
         say(f"{folder}: up to date")
-        return manifest | {"fresh": False}
+        return record | {"fresh": False}
+    if record and changed and not force:
+        _refuse_edits(folder, record, changed, facts, modules, device)
+        say(f"note: {folder}: {because}; exporting again")
     return write_onnx(
-        folder, regressor, head, mesh_encoder, facts, crops_for_calibration=crops_for_calibration, say=say, began=began
+        folder,
+        modules.regressor,
+        modules.head,
+        modules.encoder,
+        facts,
+        crops_for_calibration=crops_for_calibration,
+        calibration=calibration,
+        device=device,
+        say=say,
+        began=began,
     )
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What is exported: float32 torch in eval mode, the head, and the cards of both checkpoints."""
+
+    regressor: Regressor
+    head: Head
+    encoder: MeshEncoder | None
+    card: dict[str, Any]
+    encoder_card: dict[str, Any]
+
+    @property
+    def flame(self) -> Flame:
+        """The head as a layer."""
+        from chebface.flame import Flame
+
+        return Flame(self.head).eval()
+
+
+def open_modules(
+    checkpoint: str | Path | None = None,
+    head_name: str | None = None,
+    encoder: str | Path | None = None,
+    *,
+    say: Say = lambda line: None,
+) -> Modules:
+    """Load regressor, head and mesh encoder and make sure that they belong together. See `export_onnx`."""
+    from chebface.checkpoint import check_head, load_regressor
+    from chebface.heads import open_head
+
+    regressor, card = load_regressor(Path(checkpoint) if checkpoint else None)
+    head = open_head(head_name or card["training"]["head"])
+    check_head(card, head)
+    mesh_encoder, encoder_card = _find_encoder(encoder, head, say)
+    return Modules(regressor, head, mesh_encoder, card, encoder_card)
+
+
+def _why(
+    folder: Path, record: dict[str, Any] | None, changed: dict[str, str], facts: dict[str, Any], force: bool
+) -> str | None:
+    """Why an export is to be made; None if what is there will do."""
+    if force:
+        return "it was asked for"
+    if record is None:
+        return "no whole export there"
+    if changed:
+        return ", ".join(changed.values())
+    known = record["inputs"]
+    other = [key for key in dict.fromkeys([*facts, *known]) if facts.get(key) != known.get(key)]
+    return f"{', '.join(other)} changed" if other else None
+
+
+def _refuse_edits(
+    folder: Path,
+    record: dict[str, Any],
+    changed: dict[str, str],
+    facts: dict[str, Any],
+    modules: Modules,
+    device: str,
+) -> None:
+    """A file that no longer opens may be made again; one that opens is somebody's work, and judged.
+
+    Raises:
+        ParityError: it does not compute what torch does.
+        AssetError: it does, or belongs to another export.
+    """
+    edited = [name for name in changed if _opens(folder / record["files"][name]["file"], MODELS[name])]
+    if not edited:
+        return
+    names = ", ".join(changed[name] for name in edited)
+    fix = "keep it elsewhere if it is wanted, and export anew with --force"
+    if record["inputs"] == facts and edited == list(changed):
+        paths = {name: folder / entry["file"] for name, entry in record["files"].items()}
+        crops, source = make_crops(modules.head, HELD_OUT, SEED)
+        try:
+            parity = measure(
+                paths, modules.regressor, modules.flame, modules.encoder, crops, source=source, device=device
+            )
+            _check(parity, facts)
+        except (ParityError, AssetError) as error:
+            raise ParityError(f"{folder}: {names}, and is wrong now ({error}); {fix}") from error
+        raise AssetError(f"{folder}: {names} ({MANIFEST} has another sha256), but computes the same still; {fix}")
+    raise AssetError(f"{folder}: {names} ({MANIFEST} has another sha256); {fix}")
+
+
+def _opens(path: Path, model: Model) -> bool:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        check_graph(onnx.load(path), model, path.name)
+    except (OSError, DecodeError, AssetError, onnx.checker.ValidationError):
+        return False
+    return True
+
+
+def _check(parity: Any, facts: Mapping[str, Any]) -> None:
+    halved = (facts["precision"], facts["basis"]) == ("fp32", "fp16")
+    check(parity, "fp16" if halved else facts["precision"])
 
 
 def write_onnx(
@@ -145,6 +282,8 @@ def write_onnx(
     facts: dict[str, Any],
     *,
     crops_for_calibration: np.ndarray | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    device: str = DEVICES[0],
     say: Say = lambda line: None,
     began: float | None = None,
 ) -> dict[str, Any]:
@@ -153,44 +292,45 @@ def write_onnx(
 
     began = time.monotonic() if began is None else began
     _check_sizes(head, encoder)
-    folder.mkdir(parents=True, exist_ok=True)
     flame, precision = Flame(head).eval(), facts["precision"]
-    made, extra = _make(regressor.eval(), flame, head, encoder, facts, crops_for_calibration, say)
-    partial = {name: folder / f"{name}.onnx.{os.getpid()}.partial" for name in made}
-    metadata = {f"chebface.{key}": str(value) for key, value in facts.items() if key != "precision"}
+    with room(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # before the work, which takes a while
+    made, extra = _make(regressor.eval(), flame, head, encoder, facts, crops_for_calibration, calibration, say)
+    metadata = {f"chebface.{key}": str(facts[key]) for key in facts if key not in {"precision", "calibration"}}
     metadata |= {"chebface.commit": _commit(), "chebface.normalization": NORMALIZATION}
-    try:
+    if CALIBRATION in extra:  # the numbers, wherever they came from: the same ones give the same bytes
+        metadata["chebface.calibration"] = describe_ranges(json.loads(extra[CALIBRATION]))
+    size = sum(proto.ByteSize() for proto in made.values())
+    with room(folder, size), staging(folder) as partial:
+        paths = {name: partial / f"{name}.onnx" for name in made}
         for name, proto in made.items():
             kept = precision if name in INEXACT else "fp32"
-            _write(partial[name], proto, MODELS[name], metadata | {"chebface.precision": kept})
+            _write(paths[name], proto, MODELS[name], metadata | {"chebface.precision": kept})
         say(f"comparing onnxruntime with torch on {HELD_OUT} crops that training has not seen")
         crops, source = make_crops(head, HELD_OUT, SEED)
-        parity = measure(partial, regressor, flame, encoder, crops, source=source)
-        check(parity, "fp16" if (precision, facts["basis"]) == ("fp32", "fp16") else precision)
-        manifest = {
-            "inputs": facts,
-            "commit": metadata["chebface.commit"],
-            "parity": parity.report(),
-            "files": {
-                name: _describe(path, f"{name}.onnx")
-                | {"precision": precision if name in INEXACT else "fp32"}
-                | {"operators": facts["operators"] if name in custom.OPERATORS else OPERATORS[0]}
-                for name, path in partial.items()
-            },
+        parity = measure(paths, regressor, flame, encoder, crops, source=source, device=device)
+        _check(parity, facts)
+        files = {
+            name: describe(path)
+            | {"precision": precision if name in INEXACT else "fp32"}
+            | {"operators": facts["operators"] if name in custom.OPERATORS else OPERATORS[0]}
+            | ({"external": [describe(_beside(path))]} if _beside(path).is_file() else {})
+            for name, path in paths.items()
         }
+        manifest = {"inputs": facts, "commit": metadata["chebface.commit"], "parity": parity.report(), "files": files}
         (folder / MANIFEST).unlink(missing_ok=True)  # from here until it is written anew, the folder is no export
-        for name in MODELS:
-            if name not in partial:
-                (folder / f"{name}.onnx").unlink(missing_ok=True)
-        for name, path in partial.items():
-            os.replace(path, folder / f"{name}.onnx")
+        for path in (folder / f"{name}.onnx" for name in MODELS):
+            for old in (path, _beside(path)):
+                if not (partial / old.name).exists():
+                    old.unlink(missing_ok=True)
+        for path in sorted(partial.iterdir(), reverse=True):  # NAME.onnx comes after its data
+            os.replace(path, folder / path.name)
+        for name in {CALIBRATION, CALIBRATION_CROPS} - extra.keys():
+            (folder / name).unlink(missing_ok=True)
         for name, content in extra.items():
             write_whole(folder / name, content)
         draw(parity, head, folder / PICTURE)
         write_whole(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
     return manifest | {"fresh": True, "seconds": round(time.monotonic() - began, 2)}
 
 
@@ -201,6 +341,7 @@ def _make(
     encoder: MeshEncoder | None,
     facts: dict[str, Any],
     crops: np.ndarray | None,
+    calibration: Mapping[str, Any] | None,
     say: Say,
 ) -> tuple[dict[str, onnx.ModelProto], dict[str, bytes]]:
     """The graphs by name, and by name what else belongs into the folder."""
@@ -211,13 +352,20 @@ def _make(
     if facts["onnxslim"]:
         regress = graphs.simplify_graph(regress)
     if precision == "int8":
-        crops = make_crops(head, CALIBRATION_COUNT, CALIBRATION_SEED)[0] if crops is None else crops
-        error = judge(regressor, flame, make_crops(head, JUDGED_COUNT, JUDGED_SEED)[0])
-        say(f"regress: calibrating int8 on {len(crops)} crops")
-        regress, cache = quantize_within(regress, crops, error, say=say)
-        buffer = io.BytesIO()
-        np.save(buffer, crops, allow_pickle=False)
-        extra = {CALIBRATION: json.dumps(cache, indent=1).encode() + b"\n", CALIBRATION_CROPS: buffer.getvalue()}
+        judged = make_crops(head, JUDGED_COUNT, JUDGED_SEED)[0]
+        if crops is None:  # ranges that are given need none
+            crops = judged if calibration else make_crops(head, CALIBRATION_COUNT, CALIBRATION_SEED)[0]
+        error = judge(regressor, flame, judged)
+        say(f"regress: int8 {'with given ranges' if calibration else f'calibrating on {len(crops)} crops'}")
+        ranges = calibration["ranges"] if calibration else None
+        regress, cache = quantize_within(regress, crops, error, ranges=ranges, say=say)
+        if calibration:
+            cache |= {key: calibration[key] for key in ("method", "crops", "crops_sha256")}
+        else:
+            buffer = io.BytesIO()
+            np.save(buffer, crops, allow_pickle=False)
+            extra[CALIBRATION_CROPS] = buffer.getvalue()
+        extra[CALIBRATION] = json.dumps(cache, indent=1).encode() + b"\n"
     say("decode, encode, topology: building" if encoder else "decode, topology: building")
     decode = graphs.decode_graph(flame, opset)
     made = {"regress": regress, "decode": decode, "topology": graphs.topology_graph(head, opset)}
@@ -232,43 +380,6 @@ def _make(
         if encoder is not None:
             made["encode"] = custom.encode_custom(encoder)
     return made, extra
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The record of an export, or None where there is none, or its files are not those recorded."""
-    folder = Path(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for entry in manifest["files"].values():
-            if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
-                return None
-        complete = set(LEAVES) <= set(manifest["files"]) <= set(MODELS) and "inputs" in manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return manifest if complete else None
-
-
-def read_crops(path: str | Path) -> np.ndarray:
-    """Aligned crops (n, 112, 112, 3) uint8 RGB to calibrate with: an .npy file, or a folder of 112 x 112 pictures.
-
-    Raises:
-        AssetError: nothing there, or not such crops.
-    """
-    path, side = Path(path), signature.CROP_PX
-    wanted = f"expected an .npy file of (n, {side}, {side}, 3) uint8 or a folder of {side} x {side} pictures"
-    try:
-        if path.is_dir():
-            from PIL import Image
-
-            files = sorted(p for p in path.iterdir() if p.suffix.lower() in {".png", ".jpg", ".jpeg"})
-            crops = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-        else:
-            crops = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise AssetError(f"calibration crops {path}: {wanted} ({error})") from error
-    if crops.ndim != 4 or crops.shape[1:] != (side, side, 3) or crops.dtype != np.uint8 or not len(crops):
-        raise AssetError(f"calibration crops {path}: {wanted}, got {crops.shape} {crops.dtype}")
-    return crops
 
 
 def _check_wishes(precision: str, opset: int, operators: str, basis: str, crops: np.ndarray | None) -> None:
@@ -326,15 +437,9 @@ def _need(*packages: str) -> None:
             raise MissingDependencyError(f"{package} is not installed: pip install 'chebface[export]'")
 
 
-def _describe(path: Path, name: str) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _describe_crops(crops: np.ndarray | None) -> str:
-    if crops is None:
-        return f"synthetic, {CALIBRATION_COUNT}, seed {CALIBRATION_SEED}"
-    return f"given, {len(crops)}, sha256 {hashlib.sha256(np.ascontiguousarray(crops).tobytes()).hexdigest()}"
+def _beside(path: Path) -> Path:
+    """Where the weights of a file lie that is too large to hold them."""
+    return path.with_name(f"{path.name}.data")
 
 
 def _facts(regressor: Regressor, head: Head, encoder: MeshEncoder | None) -> dict[str, Any]:
@@ -384,12 +489,6 @@ def _commit() -> str:
 
 def _write(path: Path, proto: onnx.ModelProto, model: Model, metadata: dict[str, str]) -> None:
     """Strip what names this machine, add our facts, check, and write the same bytes for the same graph."""
-    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
-    if size > LARGEST:
-        raise AssetError(
-            f"{path.name}: its {size / 1e9:.1f} GB do not fit one ONNX file (2 GB), and files beside it are not "
-            "written: export a smaller backbone (iresnet100 has 0.26 GB)"
-        )
     for item in (proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         item.ClearField("doc_string")
         item.ClearField("metadata_props")
@@ -403,4 +502,10 @@ def _write(path: Path, proto: onnx.ModelProto, model: Model, metadata: dict[str,
     for key, value in sorted(metadata.items()):
         proto.metadata_props.add(key=key, value=value)
     check_graph(proto, model, path.name)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) <= LARGEST:
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+        return
+    import onnx
+
+    onnx.save(proto, path, save_as_external_data=True, location=_beside(path).name, size_threshold=_SMALLEST)
+    onnx.checker.check_model(str(path), full_check=True)

@@ -8,6 +8,8 @@ import errno
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -26,7 +28,16 @@ from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.flame import Flame
 from chebface.signature import DECODE, MODELS, REGRESS, TOPOLOGY, Model
 from export import engines, to_engine
-from export.engines import Compiler, Log, check_engine, compare, find_compiler, gpu_architecture, run_engine
+from export.engines import (
+    Compiler,
+    Log,
+    check_engine,
+    compare,
+    find_compiler,
+    gpu_architecture,
+    open_engine,
+    run_engine,
+)
 from export.graphs import decode_graph, encode_graph, reconstruct_graph, regress_graph
 from export.parity import ParityError
 from export.precision import cast
@@ -476,6 +487,8 @@ def test_comparison_judges_points_in_mm_and_numbers_by_their_share(tmp_path: Pat
     found = compare(moved, path, DECODE, "int8", numbers)
     assert found["vertices"]["mean_mm"] == pytest.approx(0.1, rel=1e-3)
     assert found["landmarks"] == {"mean_mm": 0.0, "max_mm": 0.0}
+    halved = compare(lambda feeds: {k: v.astype(np.float16) for k, v in true.items()}, path, DECODE, "fp32", numbers)
+    assert 1e-4 < halved["vertices"]["mean_mm"] < 0.5
     with pytest.raises(ParityError, match=r"expected numbers \(3, 5023, 3\), got \(3, 5023, 3\) with 45207 not finite"):
         compare(lambda feeds: true | {"vertices": true["vertices"] * np.nan}, path, DECODE, "int8", numbers)
     with pytest.raises(ParityError, match=r"expected numbers \(3, 5023, 3\), got \(2, 5023, 3\)"):
@@ -540,6 +553,9 @@ class FakeEngine:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
         self.shapes[name] = shape
 
+    def get_tensor_dtype(self, name: str) -> object:
+        return rtx.DataType.FLOAT
+
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         (output,) = self.session.get_outputs()
         (shape,) = self.shapes.values()
@@ -588,6 +604,34 @@ def test_engine_gets_the_right_buffers(regress: Path, monkeypatch: pytest.Monkey
     compiler = on_cpu(monkeypatch, None)
     with pytest.raises(AssetError, match="does not load its engine: it gave no reason"):
         run_engine(compiler, b"", [BATCH], Log(), feeds)
+
+
+def test_engine_that_is_open_takes_one_batch_after_the_other(regress: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(regress)
+    profiles: list[int] = []
+    engine.set_optimization_profile_async = lambda index, stream: profiles.append(index)
+    run = open_engine(on_cpu(monkeypatch, engine), b"", [(1, 1, 1), (2, 4, 8)], Log())
+    crops = to_engine._draw(REGRESS, 4)["crop"]
+    wanted = answers(regress)({"crop": crops})["parameters"]
+    for first, last in ((0, 1), (1, 2), (0, 3), (1, 4), (3, 4)):
+        np.testing.assert_allclose(run({"crop": crops[first:last]})["parameters"], wanted[first:last], rtol=1e-5)
+    assert profiles == [0, 1, 0], "switched only where it must be"
+
+
+def test_half_outputs_of_an_engine_are_half(regress: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(regress)
+    engine.get_tensor_dtype = lambda name: rtx.DataType.HALF
+    engine.execute_async_v3 = lambda stream: True
+    found = run_engine(on_cpu(monkeypatch, engine), b"", [(1, 2, 3)], Log(), to_engine._draw(REGRESS, 2))
+    assert found["parameters"].dtype == np.float16
+
+
+def test_leftovers_of_the_dead_are_cleared(tmp_path: Path, regress: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    left = tmp_path / f"regress.sm80plus.plan.{int(dead.stdout)}-7.partial"
+    left.write_bytes(b"half")
+    build_engine(regress, tmp_path)
+    assert not left.exists()
 
 
 def with_gpu(monkeypatch: pytest.MonkeyPatch, module: ModuleType, gpu: str | None = "sm89") -> None:

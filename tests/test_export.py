@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +26,12 @@ from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.flame import Flame
 from chebface.heads import Head
 from chebface.regressor import Regressor, normalize_crop
-from chebface.signature import DECODE, LEAVES, MODELS
-from export import cli, graphs, to_onnx
-from export.engines import can_build
+from chebface.signature import LEAVES, MODELS
+from export import cli, folder, graphs, parity, to_onnx
+from export.calibration import read_calibration
+from export.engines import can_build, digest_onnx, load_onnx
 from export.graphs import check_graph
-from export.to_onnx import MANIFEST, ParityError, export_onnx, read_crops, read_manifest, write_onnx
+from export.to_onnx import MANIFEST, ParityError, export_onnx, read_manifest, write_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
@@ -130,14 +135,15 @@ def test_crop_goes_in_as_uint8_rgb_rows(exported: Path, tiny: Tiny) -> None:
 @pytest.mark.parametrize("batch", [1, signature.MAX_BATCH])
 def test_decoder_is_torchs(exported: Path, scatter: Head, batch: int) -> None:
     parameters = draw_parameters(batch)
-    vertices, landmarks = run(exported / "decode.onnx", {"parameters": parameters})
+    vertices, landmarks, half = run(exported / "decode.onnx", {"parameters": parameters})
     wanted = Flame(scatter).decode(torch.from_numpy(parameters))
     np.testing.assert_allclose(vertices, wanted[0], atol=1e-6)
     np.testing.assert_allclose(landmarks, wanted[1], atol=1e-6)
+    assert np.array_equal(half, vertices.astype(np.float16))
 
 
 def test_decoder_at_rest_gives_the_template(exported: Path, scatter: Head) -> None:
-    vertices, _ = run(exported / "decode.onnx", {"parameters": np.zeros((1, params.TOTAL), np.float32)})
+    vertices, *_ = run(exported / "decode.onnx", {"parameters": np.zeros((1, params.TOTAL), np.float32)})
     np.testing.assert_allclose(vertices[0], scatter.template, atol=1e-6)
 
 
@@ -258,16 +264,117 @@ def test_full_disk_leaves_nothing_that_looks_complete(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(to_onnx, "write_whole", refuse)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(AssetError, match=r"no space left for .* make room or choose another --output"):
         write_onnx(tmp_path, tiny, scatter, None, FACTS)
     assert read_manifest(tmp_path) is None
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_too_large_for_one_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(to_onnx, "LARGEST", 1000)
-    with pytest.raises(AssetError, match="do not fit one ONNX file"):
-        to_onnx._write(tmp_path / "decode.onnx", stand_in(DECODE), DECODE, {})
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """Eight megabytes, really."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_really_full_disk(cheap: None, scatter: Head, tiny: Tiny, small_disk: Path) -> None:
+    with pytest.raises(AssetError, match=r"no space left for \d+\.\d MB \(.* MB free\); make room or choose another"):
+        write_onnx(small_disk / "onnx", tiny, scatter, None, FACTS)
+    assert list((small_disk / "onnx").iterdir()) == []
+
+
+def test_other_trouble_with_the_disk_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="broken"), folder.room(tmp_path):
+        raise OSError(5, "broken")
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "x"
+    words = r"file/x: cannot be written \(Not a directory\); choose another --output"
+    with pytest.raises(AssetError, match=words), folder.room(place):
+        place.mkdir()
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import onnx
+from models_for_tests import scatter_head
+from test_export import FACTS, Tiny, draw_crops
+from export import graphs, to_onnx
+to_onnx.make_crops = lambda head, count, seed: (draw_crops(4, seed), "tests")
+made = lambda name: lambda *given: onnx.load({exported!r} + f"/{{name}}.onnx")
+graphs.regress_graph, graphs.decode_graph = made("regress"), made("decode")
+real, count = os.replace, iter(range(9))
+def replace(*paths):
+    if next(count) == {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*paths)
+os.replace = replace
+to_onnx.write_onnx(to_onnx.Path({output!r}), Tiny().eval(), scatter_head(), None, FACTS)
+"""
+
+
+def test_killed_in_the_middle_is_no_export(
+    cheap: None, exported: Path, scatter: Head, tiny: Tiny, tmp_path: Path
+) -> None:
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    places = {"tests": str(ROOT / "tests"), "root": str(ROOT), "exported": str(exported), "output": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", KILLED.format(after=2, **places)], check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob("*.partial")
+    assert sorted(path.name for path in left.iterdir()) == ["decode.onnx", "reconstruct.onnx"]
+    assert read_manifest(tmp_path) is None
+    (tmp_path / f"{os.getpid()}.partial").mkdir()  # of one that still runs
+    write_onnx(tmp_path, tiny, scatter, None, FACTS)
+    assert not left.exists()
+    assert read_manifest(tmp_path) is not None
+
+
+def test_interrupted_leaves_the_last_export(
+    cheap: None, exported: Path, scatter: Head, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(to_onnx, "measure", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_onnx(tmp_path, tiny, scatter, None, FACTS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert read_manifest(tmp_path) == read_manifest(exported)
+
+
+def test_too_large_for_one_file_has_its_weights_beside(
+    cheap: None, scatter: Head, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_onnx, "LARGEST", 1_000_000)
+    one, two = tmp_path / "one", tmp_path / "two"
+    manifest = write_onnx(one, tiny, scatter, None, FACTS)
+    assert manifest["parity"]["passed"] is True
+    assert [name for name, entry in manifest["files"].items() if "external" in entry] == ["decode", "reconstruct"]
+    (beside,) = manifest["files"]["decode"]["external"]
+    assert beside["file"] == "decode.onnx.data"
+    assert beside["bytes"] > 20e6
+    assert manifest["files"]["decode"]["bytes"] < 1e6
+    assert read_manifest(one) is not None
+    given = {"parameters": draw_parameters(2)}
+    wanted = Flame(scatter).decode(torch.from_numpy(given["parameters"]))[0]
+    np.testing.assert_allclose(run(one / "decode.onnx", given)[0], wanted, atol=1e-6)
+    assert digest_onnx(one / "decode.onnx", load_onnx(one / "decode.onnx")) != manifest["files"]["decode"]["sha256"]
+    write_onnx(two, tiny, scatter, None, FACTS)
+    for path in one.iterdir():
+        assert (two / path.name).read_bytes() == path.read_bytes(), path.name
+    (two / "decode.onnx.data").write_bytes((two / "decode.onnx.data").read_bytes()[:-4] + b"\0\0\0\1")
+    assert folder.find_changed(two, manifest) == {"decode": "decode.onnx.data was changed after its export"}
+    monkeypatch.undo()
+    monkeypatch.setattr(to_onnx, "make_crops", lambda head, count, seed: (draw_crops(COUNT, seed), "tests"))
+    write_onnx(one, tiny, scatter, None, FACTS)
+    assert not list(one.glob("*.data"))
 
 
 def test_head_or_encoder_of_another_size_is_refused(tiny: Tiny, scatter: Head, encoder, tmp_path: Path) -> None:
@@ -296,19 +403,73 @@ def test_wishes_that_cannot_be(tmp_path: Path, wish: dict, message: str) -> None
         export_onnx(tmp_path, **wish)
 
 
-def test_crops_are_read_from_an_array_or_pictures(tmp_path: Path) -> None:
+def test_calibration_is_crops_photographs_or_ranges(tmp_path: Path, astronaut: Path) -> None:
     crops = draw_crops(3)
     np.save(tmp_path / "crops.npy", crops)
-    assert np.array_equal(read_crops(tmp_path / "crops.npy"), crops)
+    assert np.array_equal(read_calibration(tmp_path / "crops.npy")["crops_for_calibration"], crops)
     (tmp_path / "pictures").mkdir()
     for i, crop in enumerate(crops):
         Image.fromarray(crop).save(tmp_path / "pictures" / f"{i}.png")
-    assert np.array_equal(read_crops(tmp_path / "pictures"), crops)
+    assert np.array_equal(read_calibration(tmp_path / "pictures")["crops_for_calibration"], crops)
+    shutil.copy(astronaut, tmp_path / "pictures")
+    more = read_calibration(tmp_path / "pictures")["crops_for_calibration"]
+    assert len(more) == 4
+    face = more[-1][60:100, 30:80].mean((0, 1))
+    assert face[0] > face[2] + 15, "skin, not sky"
+    known = {"ranges": {"x": 1.5}, "method": "percentile", "crops": 3, "crops_sha256": "0"}
+    (tmp_path / "pictures" / "calibration.json").write_text(json.dumps(known | {"layers": 4}))
+    for place in (tmp_path / "pictures", tmp_path / "pictures" / "calibration.json"):
+        assert read_calibration(place) == {"calibration": known}
     np.save(tmp_path / "flat.npy", crops[0])
     (tmp_path / "empty").mkdir()
-    for bad in ("flat.npy", "nothing.npy", "empty"):
-        with pytest.raises(AssetError, match=rf"calibration crops .*{bad}: expected an .npy file"):
-            read_crops(tmp_path / bad)
+    (tmp_path / "other.json").write_text("{}")
+    for bad in ("flat.npy", "nothing.npy", "empty", "other.json"):
+        with pytest.raises(AssetError, match=rf"calibration .*{bad}: expected calibration.json of an int8 export"):
+            read_calibration(tmp_path / bad)
+
+
+class Convolved(torch.nn.Module):
+    """A regressor with layers that int8 is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Conv2d(3, 8, 16, 16), torch.nn.Conv2d(8, 8, 3)
+        self.mix = torch.nn.Linear(200, params.TOTAL)
+
+    def forward(self, crop: torch.Tensor) -> torch.Tensor:
+        return 0.1 * self.mix(self.second(self.first(crop).relu()).flatten(1))
+
+
+def test_same_ranges_give_the_same_bytes(
+    shelf: dict, scatter: Head, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    monkeypatch.undo()
+    regress = graphs.regress_graph(regressor := Convolved().eval())
+    monkeypatch.setattr(to_onnx, "make_crops", lambda head, count, seed: (draw_crops(COUNT, seed), "tests"))
+    monkeypatch.setattr("chebface.checkpoint.load_regressor", lambda path=None: (regressor, shelf["card"]))
+    monkeypatch.setattr("chebface.heads.open_head", lambda name="open": scatter)
+    monkeypatch.setattr(graphs, "regress_graph", lambda regressor, opset: regress)
+    wish = {"precision": "int8", "simplify": False}
+    first = export_onnx(one, crops_for_calibration=draw_crops(6, seed=9), **wish)
+    saved = json.loads((one / "calibration.json").read_text())
+    again = export_onnx(two, **read_calibration(one), **wish)
+    for name in ("regress", "reconstruct"):
+        assert (one / f"{name}.onnx").read_bytes() == (two / f"{name}.onnx").read_bytes()
+    kept = json.loads((two / "calibration.json").read_text())
+    assert [kept[key] for key in ("ranges", "crops", "crops_sha256")] == [saved["ranges"], 6, saved["crops_sha256"]]
+    assert not (two / "calibration.npy").exists()
+    assert first["inputs"]["calibration"].startswith("given, 6, sha256 ")
+    assert re.match(r"percentile, ranges sha256 \w{64}$", again["inputs"]["calibration"])
+    assert not export_onnx(two, **read_calibration(one), **wish)["fresh"]
+    export_onnx(three, crops_for_calibration=draw_crops(2, seed=5), **wish)
+    assert (one / "regress.onnx").read_bytes() != (three / "regress.onnx").read_bytes()
+    saved["ranges"] = {"other": 1.0}
+    with pytest.raises(ConfigError, match="ranges: they are of another graph"):
+        export_onnx(two, calibration=saved, **wish)
+    export_onnx(one, simplify=False)
+    assert not list(one.glob("calibration*"))
 
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,6 +508,66 @@ def test_up_to_date_export_is_left_alone(shelf: dict, tmp_path: Path) -> None:
     assert export_onnx(tmp_path, simplify=False, force=True)["fresh"] is True
 
 
+def test_file_edited_by_hand_is_judged_not_overwritten(shelf: dict, exported: Path, tmp_path: Path) -> None:
+    words = ("-o", tmp_path, "--no-simplify", "--no-engine", "--repository", tmp_path / "models")
+    assert invoke("all", *words).exit_code == 0
+    path = tmp_path / "regress.onnx"
+    good = path.read_bytes()
+    onnx.save(damage(onnx.load(path)), path)
+    bad = path.read_bytes()
+    for command in (("onnx", *words[:3]), ("all", *words)):
+        done = invoke(*command, "--json")
+        assert done.exit_code == 3
+        message = json.loads(done.stdout)["message"]
+        assert "regress.onnx was changed after its export, and is wrong now (fp32 differs from torch on" in message
+        assert "export anew with --force" in message
+        assert path.read_bytes() == bad
+    edited = onnx.load_from_string(good)
+    edited.doc_string = "mine"
+    onnx.save(edited, path)
+    with pytest.raises(AssetError, match=r"has another sha256\), but computes the same still; keep it elsewhere"):
+        export_onnx(tmp_path, simplify=False)
+    with pytest.raises(AssetError, match=r"regress.onnx was changed after its export \(manifest.json has another"):
+        export_onnx(tmp_path, simplify=False, opset=19)
+    path.write_bytes(good[:-100])
+    said: list[str] = []
+    assert export_onnx(tmp_path, simplify=False, say=said.append)["fresh"]
+    assert f"note: {tmp_path}: regress.onnx was changed after its export; exporting again" in said
+    assert path.read_bytes() == good
+    path.unlink()
+    assert export_onnx(tmp_path, simplify=False, say=said.append)["fresh"]
+    assert f"note: {tmp_path}: regress.onnx is missing; exporting again" in said
+    onnx.save(damage(onnx.load(path)), path)
+    assert invoke("onnx", *words[:3], "--force").exit_code == 0
+    assert path.read_bytes() == good
+
+
+def test_dry_run_says_why_and_writes_nothing(shelf: dict, tmp_path: Path) -> None:
+    words = ("-o", tmp_path / "onnx", "--no-simplify", "--dry-run")
+    assert f"{tmp_path / 'onnx'}: would be exported: no whole export there" in invoke("onnx", *words).stdout
+    done = invoke("all", *words, "--repository", tmp_path / "models", "--json")
+    assert (done.exit_code, json.loads(done.stdout)["because"]) == (0, "no whole export there")
+    assert list(tmp_path.iterdir()) == []
+    export_onnx(tmp_path / "onnx", simplify=False)
+    assert "up to date" in invoke("onnx", *words).stdout
+    assert "would be exported: opset changed" in invoke("onnx", *words, "--opset", "19").stdout
+    assert "would be exported: it was asked for" in invoke("onnx", *words, "--force").stdout
+
+
+def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("onnx", "all", "benchmark"):
+        done = invoke(command, "--device", "cuda", "-o", tmp_path)
+        assert done.exit_code == 4
+        assert "device: cuda, but torch sees no GPU here" in done.stderr
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MissingDependencyError, match="onnxruntime is without it: pip install onnxruntime-gpu"):
+        parity.check_device("cuda")
+    with pytest.raises(ConfigError, match="device: expected cpu or cuda, got 'tpu'"):
+        parity.check_device("tpu")
+
+
 def test_weights_or_encoder_of_another_head_are_refused(shelf: dict, tmp_path: Path) -> None:
     other = shelf["card"]["head"] | {"sha256": "f" * 64}
     shelf["encoder_card"]["head"] = other
@@ -379,7 +600,7 @@ def test_command_writes_reports_and_repeats(shelf: dict, tmp_path: Path) -> None
     report = json.loads(done.stdout)
     assert report["ok"]
     assert report["fresh"]
-    assert len(report["changed"]) == 9
+    assert {f"{name}/config.pbtxt" for name in MODELS} <= set(report["changed"])
     again = invoke("all", "-o", onnx_folder, "--repository", models)
     assert again.exit_code == 0
     assert again.stdout.count("up to date") == 2 + engines
@@ -392,11 +613,15 @@ def test_command_writes_reports_and_repeats(shelf: dict, tmp_path: Path) -> None
     table = invoke("onnx", "-o", onnx_folder).stdout
     for name in MODELS:
         assert f"{name}.onnx" in table
+    assert "p50 ms" not in table
+    assert report["latency"]["files"].keys() == MODELS.keys() - {"topology"}
+    timed = invoke("onnx", "-o", onnx_folder, "--benchmark", "--batch", "3").stdout
+    assert re.search(r"onnxruntime on cpu, batch 3\n +file .* p50 ms +x torch\n +regress.onnx .* \d\.\d{3} +\d", timed)
 
 
 def test_int8_is_another_name_for_a_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[dict] = []
-    monkeypatch.setattr(cli, "export_onnx", lambda output, **options: asked.append(options) or {})
+    monkeypatch.setattr(cli, "export_onnx", lambda output, **options: asked.append(options) or {"fresh": False})
     monkeypatch.setattr(cli, "_summary", lambda report, output: "")
     for words in ((), ("--half",), ("--int8",), ("--precision", "bf16", "--no-simplify", "--opset", "20")):
         assert invoke("onnx", "-o", tmp_path, *words).exit_code == 0
@@ -404,7 +629,40 @@ def test_int8_is_another_name_for_a_precision(monkeypatch: pytest.MonkeyPatch, t
     assert (asked[0]["simplify"], asked[3]["simplify"], asked[3]["opset"]) == (None, False, 20)
     wrong = invoke("onnx", "--precision", "fp61")
     assert wrong.exit_code == 2
-    assert "fp16" in wrong.stderr
+    assert "'fp32', 'fp16', 'bf16', 'int8'. Did you mean 'fp16'?" in wrong.stderr
+    assert "Did you mean" not in invoke("onnx", "--precision", "zzz").stderr
+
+
+def test_profile_and_batch_reach_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict] = []
+    nothing = {"engines": {}, "skipped": {}}
+    monkeypatch.setattr(cli, "build_engines", lambda folder, output, **options: asked.append(options) or nothing)
+    for words in ((), ("--batch", "64"), ("--profile", "1,1,1", "--profile", "2,4,8", "--workspace", "64")):
+        assert invoke("engine", *words).exit_code == 0
+    assert [each["batch"] for each in asked] == [[(1, 8, 32)], [(1, 64, 64)], [(1, 1, 1), (2, 4, 8)]]
+    assert [each["workspace_mb"] for each in asked] == [None, None, 64]
+    wrong = invoke("engine", "--profile", "1,many")
+    assert (wrong.exit_code, "expected MIN,BEST,MAX as 1,8,32" in wrong.stderr) == (2, True)
+
+
+def test_stages_are_shown_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for quiet, wanted in ((False, "note: stays\n"), (True, "")):
+        with cli._stages(quiet) as say:
+            say("regress: tracing")
+            say("note: stays")
+        assert capsys.readouterr() == ("", wanted)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with cli._stages(False) as say:
+        say("regress: tracing")
+        say("note: stays")
+        say("decode: building")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(r"\d\.\d s  regress: tracing", err)
+    assert "note: stays" in err
+    assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in err, "a bar"
 
 
 @pytest.mark.parametrize(
@@ -434,7 +692,7 @@ def test_unknown_option_is_a_usage_error() -> None:
     assert invoke("onnx", "--speed", "9").exit_code == 2
 
 
-@pytest.mark.parametrize("command", [(), ("onnx",), ("repository",), ("all",)])
+@pytest.mark.parametrize("command", [(), ("onnx",), ("engine",), ("repository",), ("all",), ("benchmark",)])
 def test_every_option_has_help(command: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "export", *command, "--help"],
@@ -446,6 +704,8 @@ def test_every_option_has_help(command: tuple[str, ...]) -> None:
     )
     assert "Options:" in done.stdout
     for option in [p for c in (cli.main.commands[name] for name in command) for p in c.params]:
+        if option.param_type_name == "argument":
+            continue
         assert option.help, option.name
 
 

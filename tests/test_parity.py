@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from heads_for_tests import make_head
@@ -124,7 +127,8 @@ def test_a_true_export_keeps_the_limits_of_float32(exact: Parity) -> None:
     check(exact)
     assert (exact.precision, exact.computed_in, exact.crops, exact.source) == ("fp32", "float32", 5, "drawn")
     assert 0 <= exact.mean_mm < exact.max_mm < 0.005
-    assert sorted(exact.artefacts) == ["decode", "encode", "regress"]
+    assert sorted(exact.artefacts) == ["decode", "encode", "regress", "vertices_half"]
+    assert 1e-3 < exact.artefacts["vertices_half"]["mean_mm"] < 0.05, "rounded, and within fp16's limits"
     assert exact.descriptor_min_cosine == pytest.approx(1, abs=1e-6)
     assert exact.per_vertex_mm.shape == (signature.VERTICES,)
     report = json.loads(json.dumps(exact.report()))
@@ -227,8 +231,12 @@ def test_files_that_are_no_export(paths: dict[str, Path], flame: Flame, crops: n
         measure({**paths, "decode": tmp_path / "broken.onnx"}, MeanColour(), flame, Linear(), crops)
     with pytest.raises(AssetError, match="onnxruntime cannot run it"):
         measure({**paths, "regress": paths["decode"]}, MeanColour(), flame, Linear(), crops)
-    with pytest.raises(ParityError, match=r"onnxruntime gives \[\(5, 486\)\], torch \[\(5, 5023, 3\)"):
+    with pytest.raises(ParityError, match=r"onnxruntime gives \[\(5, 486\), \(5, 486\)\], torch \[\(5, 5023, 3\)"):
         measure({**paths, "decode": written(tmp_path, same())}, MeanColour(), flame, Linear(), crops)
+    with pytest.raises(ParityError, match="no landmarks among the answers; export it again"):
+        measure(
+            {**paths, "decode": written(tmp_path, same(outputs=["vertices"]))}, MeanColour(), flame, Linear(), crops
+        )
     with pytest.raises(AssetError, match="expected one input, got"):
         measure({**paths, "decode": written(tmp_path, same("spare"))}, MeanColour(), flame, Linear(), crops)
     with pytest.raises(ParityError, match="not finite"):
@@ -237,16 +245,56 @@ def test_files_that_are_no_export(paths: dict[str, Path], flame: Flame, crops: n
         measure(paths, MeanColour(), flame, Linear(), crops[0])
 
 
-def same(*more: str) -> onnx.ModelProto:
+def same(*more: str, outputs: Sequence[str] = ("vertices", "landmarks")) -> onnx.ModelProto:
     """A graph that gives back the parameters."""
     spell = helper.make_tensor_value_info
     graph = helper.make_graph(
-        [helper.make_node("Identity", ["parameters"], ["vertices"])],
+        [helper.make_node("Identity", ["parameters"], [name]) for name in outputs],
         "decode",
         [spell(name, TensorProto.FLOAT, ["batch", params.TOTAL]) for name in ("parameters", *more)],
-        [spell("vertices", TensorProto.FLOAT, ["batch", params.TOTAL])],
+        [spell(name, TensorProto.FLOAT, ["batch", params.TOTAL]) for name in outputs],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_further_outputs_and_their_order_do_not_matter(
+    paths: dict[str, Path], flame: Flame, crops: np.ndarray, exact: Parity, tmp_path: Path
+) -> None:
+    proto = onnx.load(paths["decode"])
+    proto.graph.node.append(helper.make_node("Identity", ["vertices"], ["again"]))
+    again = copy.deepcopy(proto.graph.output[0])
+    again.name = "again"
+    changed = [again, *map(copy.deepcopy, reversed(proto.graph.output))]
+    del proto.graph.output[:]
+    proto.graph.output.extend(changed)
+    found = measure({**paths, "decode": written(tmp_path, proto)}, MeanColour(), flame, Linear(), crops, source="drawn")
+    assert found.report() == exact.report()
+
+
+def test_half_vertices_keep_the_limits_of_half(exact: Parity) -> None:
+    worse = {**exact.artefacts, "vertices_half": {"mean_mm": 0.04, "max_mm": 0.6}}
+    with pytest.raises(ParityError, match=r"crops: vertices_half max 0.6 mm \(limit 0.5\); the export is wrong"):
+        check(dataclasses.replace(exact, artefacts=worse))
+
+
+def test_on_a_gpu_files_run_as_they_are(
+    paths: dict[str, Path], flame: Flame, crops: np.ndarray, exact: Parity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    real = onnxruntime.InferenceSession
+
+    def session(path: str, providers: list[str]):
+        asked.append(providers)
+        return real(path, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    found = measure(paths, MeanColour(), flame, Linear(), crops, device="cuda")
+    assert found.computed_in == "as the files say, on this GPU"
+    assert found.max_mm == pytest.approx(exact.max_mm, abs=1e-4)
+    assert asked == [["CUDAExecutionProvider"]] * 4
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, providers: 1 / 0)
+    with pytest.raises(AssetError, match=r"regress.onnx: onnxruntime cannot read it \(division by zero\)"):
+        parity.open_file(paths["regress"], device="cuda")
 
 
 def test_half_is_computed_as_half(flame: Flame, paths: dict[str, Path], crops: np.ndarray, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -124,6 +128,18 @@ def test_damaged_checkpoints_are_refused(saved, damage, says):
     damage(path)
     with pytest.raises(AssetError, match=says):
         checkpoint.load_regressor(path)
+
+
+def test_a_damaged_weight_ends_the_export_with_3(saved, tmp_path):
+    _, path = saved
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 64
+    path.write_bytes(content)
+    command = [sys.executable, "-m", "export", "all", "--checkpoint", str(path)]
+    command += ["-o", str(tmp_path / "export"), "--repository", str(tmp_path / "models")]
+    result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert result.returncode == 3 and "damaged" in result.stderr
+    assert not (tmp_path / "models").exists() and not list((tmp_path / "export").glob("*.onnx"))
 
 
 def test_weights_of_another_architecture_are_refused(saved):

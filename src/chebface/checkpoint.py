@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chebface.encoder import MeshAutoencoder
-from chebface.errors import AssetError
+from chebface.errors import AssetError, DamagedError
 from chebface.files import write_whole
 from chebface.regressor import Regressor
 
@@ -61,7 +61,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if card.get("format") != FORMAT:
         raise AssetError(f"checkpoint {path}: format {card.get('format')}, wanted {FORMAT}")
     if card.get("sha256") != _digest(tensors):
-        raise AssetError(f"checkpoint {path}: its tensors are not those that the card was written for; damaged")
+        raise DamagedError(f"checkpoint {path}: its tensors are not those that the card was written for; damaged")
     return tensors, card
 
 

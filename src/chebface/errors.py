@@ -23,6 +23,12 @@ class AssetError(ChebfaceError):
     """A head, checkpoint or model file is missing, damaged, or made for something else."""
 
 
+class DamagedError(AssetError):
+    """A file's contents are not those that its digest was made of."""
+
+    exit_code = 3
+
+
 class UnsafeFileError(AssetError):
     """A file asks for code to be run in order to be read; it was refused."""
 
