@@ -48,7 +48,7 @@ HARDENED = (  # what any Triton server of ours is started with, here and in a co
 PORT_ATTEMPTS = 3  # a free port may be lost between its choice and its use
 PORT_TAKEN = "already in use"
 SILENCES = 3  # checks in a row without an answer before a server that is running counts as lost
-LOG_TAIL = 30  # lines shown when the server fails
+LOG_TAIL = 40  # lines shown when the server fails
 SHM = Path("/dev/shm")
 FOLDER = "chebface-server-"  # begins the name of each running server's folder, in the system's temporary one
 _OWNER = "owner"  # a file in it: locked while anything of the server lives; holds its prefix in shared memory
@@ -144,6 +144,11 @@ class Server:
     def pid(self) -> int | None:
         """Process id of the running server."""
         return self._process.pid if self._process else None
+
+    @property
+    def backends(self) -> list[int]:
+        """Process ids of the running server's backends, one of each model's instance; dead ones are not among them."""
+        return _children(self._process.pid) if self._process else []
 
     @property
     def log(self) -> str:
@@ -323,6 +328,8 @@ class Server:
     def watch(self, every_s: float = 10.0, *, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Stay until the server fails; a blank crop goes through it from time to time. Busy is no failure.
 
+        A backend's process that ends is a failure at once: Triton never starts it again, and stays "ready".
+
         Args:
             every_s: from one crop to the next.
             meanwhile: called several times a second.
@@ -330,12 +337,15 @@ class Server:
         Raises:
             ServerUnavailableError, ServerError: it died or stopped answering (with the log's end).
         """
-        silences = 0
+        silences, backends = 0, self.backends
         while True:
             due = time.monotonic() + every_s
             while time.monotonic() < due:
                 if not self.is_running():
                     raise ServerUnavailableError(f"the server died; {self._tail()}")
+                if missing := set(backends) - set(self.backends):
+                    self._broken = True
+                    raise ServerUnavailableError(f"a backend died (pid {min(missing)}); {self._tail()}")
                 meanwhile()
                 time.sleep(0.2)
             try:
@@ -382,6 +392,17 @@ class Server:
                 self._owner = None
             self.ports = {}
             atexit.unregister(self.stop)
+
+
+def _children(parent: int) -> list[int]:
+    """Process ids of what a process has started and what still runs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, above = path.read_text().rpartition(")")[2].split()[:2]
+            if int(above) == parent and state not in "ZX":
+                found.append(int(path.parent.name))
+    return sorted(found)
 
 
 def end_with_us(command: list[str]) -> list[str]:
