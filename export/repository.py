@@ -23,13 +23,14 @@ from chebface.repository import (
     model_code,
     use_python,
 )
-from chebface.signature import LEAVES, MODELS, OPTIONAL, PRIORITIES, SERVED, Model, Tensor
+from chebface.signature import DECODE, LEAVES, MODELS, OPTIONAL, PRIORITIES, SERVED, Model, Tensor
 from export.folder import find_changed, read_manifest, read_record
 from export.graphs import check_graph
 
 TARGETS = ("ngc", "pip")
-QUEUE_SIZE = 256  # requests that wait before the server refuses
-QUEUE_TIMEOUT_US = 60_000_000  # the longest that a request may wait; a client's own deadline only shortens it
+QUEUE_SIZE = 64  # requests that wait before the server refuses: what comes later would have waited in vain
+INNER_QUEUE_SIZE = 256  # of a model in an ensemble that is not its first: what has come so far is not refused
+QUEUE_TIMEOUT_US = 2_000_000  # the longest that a request may wait; a client's own deadline only shortens it
 PHOTO_INSTANCES = 2  # one reads and detects while another's faces are in the network
 # What a running leaf holds under --rate-limit=execution_count; no program does, or it would wait for itself.
 CORE = "core"
@@ -130,7 +131,7 @@ def config_text(
             f"dynamic_batching {{\n  priority_levels: {len(PRIORITIES)}\n"
             f"  default_priority_level: {PRIORITIES['normal']}\n  default_queue_policy {{\n    timeout_action: REJECT\n"
             f"    default_timeout_microseconds: {QUEUE_TIMEOUT_US}\n    allow_timeout_override: true\n"
-            f"    max_queue_size: {QUEUE_SIZE}\n  }}\n}}\n"
+            f"    max_queue_size: {INNER_QUEUE_SIZE if model is DECODE else QUEUE_SIZE}\n  }}\n}}\n"
         )
     if model.program:
         how = {"chebface.detector": detector, "chebface.detector_opened": detector_opened}

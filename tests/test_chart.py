@@ -31,6 +31,12 @@ def test_log_bars_stand_by_their_powers():
     assert (tops[0] - tops[1]) * 2 == pytest.approx(tops[1] - tops[2], abs=3)
 
 
+@pytest.mark.parametrize("most", [0.8, 0.85, 9, 99.9, 1, 8.0001, 1.4, 2e-7])
+def test_ticks_are_few_and_reach_every_value(most):
+    ticks = chart._round_ticks(most)
+    assert ticks[0] == 0 and ticks[-1] >= most and 4 <= len(ticks) <= 10
+
+
 def test_histograms_peak_where_values_are():
     picture = chart.histograms("t", {"x": np.full(50, 0.5)}, (-1.0, 1.0))
     found = (np.asarray(picture)[chart.TOP : chart.TOP + 5] == chart.COLORS[0]).all(2).any(0)

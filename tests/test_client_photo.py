@@ -203,9 +203,12 @@ def test_wrong_settings_are_refused(fake: FakeTransport, options: dict[str, Any]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     repository = write_repository(tmp_path_factory.mktemp("models"))
-    for model, size in (("decode", 8), ("reconstruct_photo", 2)):
+    for model, size in (("decode", 8), ("reconstruct_photo", 2), ("regress", 256)):
         config = repository / model / "config.pbtxt"
-        config.write_text(config.read_text().replace("max_queue_size: 256", f"max_queue_size: {size}"))
+        text = re.sub(
+            r"default_timeout_microseconds: \d+", "default_timeout_microseconds: 60000000", config.read_text()
+        )
+        config.write_text(re.sub(r"max_queue_size: \d+", f"max_queue_size: {size}", text))
     with Server(repository, stop_timeout_s=0.3) as server:
         yield server
 

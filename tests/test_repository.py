@@ -187,7 +187,9 @@ def test_missing_or_changed_export_is_refused(source: Path, tmp_path: Path) -> N
     with pytest.raises(AssetError, match="run `python -m export onnx`"):
         fill_repository(tmp_path / "nothing", models)
     (source / "decode.onnx").write_bytes(b"changed")
-    with pytest.raises(AssetError, match="no whole export there"):
+    with pytest.raises(
+        AssetError, match=r"decode\.onnx was changed after its export; export anew with `python -m export onnx --force`"
+    ):
         fill_repository(source, models)
     assert not models.exists()
 

@@ -17,8 +17,11 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the model file named by the repository path and version in `args`."""
+        import numpy
         import onnxruntime
+        import triton_python_backend_utils
 
+        self.numpy, self.backend = numpy, triton_python_backend_utils
         config = json.loads(args["model_config"])
         options = onnxruntime.SessionOptions()
         threads = {key: int(value["string_value"]) for key, value in config["parameters"].items() if "thread" in key}
@@ -31,33 +34,31 @@ class TritonPythonModel:
             options.register_custom_ops_library(operators)
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.batched = config["max_batch_size"] > 0
-        self.inputs = [tensor["name"] for tensor in config["input"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request with the outputs that it names; those that the scheduler grouped run as one batch."""
-        import numpy as np
-        import triton_python_backend_utils as backend
+        if len(requests) == 1 or not self.batched:
+            return [self._respond(self._run([request], self._names([request]))) for request in requests]
+        arrays = self._run(requests, self._names(requests))
+        answers, first = [], 0
+        for request in requests:
+            last = first + len(request.inputs()[0].as_numpy())
+            answers.append(self._respond({name: arrays[name][first:last] for name in request.requested_output_names()}))
+            first = last
+        return answers
 
-        def read(request: Any, name: str) -> Any:
-            return backend.get_input_tensor_by_name(request, name).as_numpy()
+    def _names(self, requests: list[Any]) -> list[str]:
+        return sorted({name for request in requests for name in request.requested_output_names()})
 
-        def run(names: list[str], feeds: dict[str, Any]) -> dict[str, Any]:
-            arrays = self.session.run(names, feeds)
-            texts = [np.char.encode(a.astype(str), "utf-8").astype(object) if a.dtype == object else a for a in arrays]
-            return dict(zip(names, texts, strict=True))
+    def _run(self, requests: list[Any], names: list[str]) -> dict[str, Any]:
+        parts: dict[str, list[Any]] = {}
+        for request in requests:
+            for tensor in request.inputs():
+                parts.setdefault(tensor.name(), []).append(tensor.as_numpy())
+        feed = {name: part[0] if len(part) == 1 else self.numpy.concatenate(part) for name, part in parts.items()}
+        return dict(zip(names, self.session.run(names, feed), strict=True))
 
-        def respond(arrays: dict[str, Any], names: list[str]) -> Any:
-            return backend.InferenceResponse(
-                [backend.Tensor(name, np.ascontiguousarray(arrays[name])) for name in names]
-            )
-
-        wanted = [list(request.requested_output_names()) for request in requests]
-        if not self.batched:
-            feeds = [{name: read(request, name) for name in self.inputs} for request in requests]
-            return [respond(run(names, feed), names) for names, feed in zip(wanted, feeds, strict=True)]
-        parts = {name: [read(request, name) for request in requests] for name in self.inputs}
-        ends = np.cumsum([len(part) for part in parts[self.inputs[0]]])
-        feed = {name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()}
-        arrays = run(sorted({name for names in wanted for name in names}), feed)
-        split = {name: np.split(array, ends[:-1]) for name, array in arrays.items()}
-        return [respond({name: split[name][k] for name in names}, names) for k, names in enumerate(wanted)]
+    def _respond(self, arrays: dict[str, Any]) -> Any:
+        encode = self.numpy.char.encode
+        texts = {name: encode(a.astype(str), "utf-8").astype(object) for name, a in arrays.items() if a.dtype == object}
+        return self.backend.InferenceResponse([self.backend.Tensor(*pair) for pair in (arrays | texts).items()])

@@ -180,5 +180,5 @@ def _hex(color: tuple[int, int, int]) -> str:
 def _round_ticks(most: float) -> list[float]:
     """Four to ten round numbers from 0 to above `most`."""
     step = 10.0 ** math.floor(math.log10(most))
-    step = next(step * part for part in (0.1, 0.2, 0.25, 0.5, 1.0) if most / (step * part) <= 8)
+    step = next(step * part for part in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0) if most / (step * part) <= 8)
     return [step * k for k in range(math.ceil(most / step) + 1)]
