@@ -138,6 +138,82 @@ def latency(
 
 
 @main.command()
+@click.option("--fault", "faults", multiple=True, help="Which; repeat it. All by default.")
+@click.option(
+    "--scale", type=click.Choice(["small", "full"]), default="small", show_default=True, help="Each once, or often."
+)
+@click.option(
+    "--repository",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("triton_models"),
+    show_default=True,
+    help="What is served; it is copied.",
+)
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout instead of a table.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Append the rows to this file.")
+def faults(faults: tuple[str, ...], scale: str, repository: Path, as_json: bool, output: Path | None) -> None:
+    """Servers killed, drained, renewed, starved and attacked. Exit code 1: a request was lost."""
+    from bench.faults import FAULTS, HEADER, measure
+
+    if not as_json:
+        click.echo(HEADER)
+    try:
+        rows = measure(repository, faults or tuple(FAULTS), scale, lambda line: click.echo(line, err=as_json))
+    except ChebfaceError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    if output:
+        _append(output, rows)
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+    if any(row["lost"] or row["failed"] for row in rows):
+        sys.exit(1)
+
+
+@main.command()
+@click.option(
+    "--case", "cases", multiple=True, help="reconstruct, throughput, overload or peer; repeat it. All by default."
+)
+@click.option(
+    "--concurrency",
+    "concurrencies",
+    type=int,
+    multiple=True,
+    default=(1, 2, 4, 8, 16, 32),
+    show_default=True,
+    help="Callers at once, of throughput; repeat it.",
+)
+@click.option(
+    "--repository",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("triton_models"),
+    show_default=True,
+    help="The model repository to serve.",
+)
+@click.option("--seconds", type=float, default=6.0, show_default=True, help="Per row.")
+@click.option("--overload-seconds", "overload_s", type=float, default=120.0, show_default=True, help="Of overload.")
+@click.option("--work", type=click.Path(path_type=Path, file_okay=False), help="Keep peer's export, for the next time.")
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Folder for plots (PNG).")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout instead of a table.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Append the rows to this file.")
+def serve(cases: tuple[str, ...], plots: Path | None, as_json: bool, output: Path | None, **options: Any) -> None:
+    """A real server against the same files in this process, under load and overload, and a peer's own loop."""
+    from bench.serve import CASES, draw, make_table, measure
+
+    try:
+        rows = measure(cases=cases or CASES, say=lambda line: click.echo(line, err=True), **options)
+    except ChebfaceError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    if output:
+        _append(output, rows)
+    click.echo("\n".join(map(json.dumps, rows)) if as_json else make_table(rows))
+    for path in draw(rows, plots) if plots else ():
+        click.echo(f"{path}", err=True)
+
+
+@main.command()
 @click.option(
     "--work",
     type=click.Path(path_type=Path, file_okay=False),
