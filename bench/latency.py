@@ -11,37 +11,57 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from bench.kernels import RIVAL_NAME, _race_in_turns
 from bench.record import DisagreesError, check, make_record
 from bench.train import _GeometricEncoder, _settle
 from chebface import checkpoint, operators, params
-from chebface.arcface import BACKBONES
+from chebface.arcface import BACKBONES, EMBEDDING
 from chebface.config import Synthesize
 from chebface.data.synthetic import Painter
 from chebface.errors import ChebfaceError, ConfigError, MissingDependencyError
 from chebface.flame import Flame
 from chebface.heads import Head, open_head
-from chebface.regressor import Regressor, normalize_crop
-from chebface.signature import CROP, DECODE, ENCODE, NEUTRAL, PARAMETERS, RECONSTRUCT, VERTICES_M, Model, Tensor
+from chebface.regressor import HIDDEN, Regressor, normalize_crop
+from chebface.signature import (
+    CROP,
+    DECODE,
+    ENCODE,
+    NEUTRAL,
+    PARAMETERS,
+    RECONSTRUCT,
+    REGRESS,
+    VERTICES_M,
+    Model,
+    Tensor,
+)
 
 CASES = (RECONSTRUCT.name, DECODE.name, ENCODE.name)
 SMPLX = "smplx"
 DEMO = "light"  # the backbone of the demo weights
+DDFA = "3DDFA_V2's networks, random weights, onnxruntime"
+FITTED = "random, norms settled on 16 made-up faces, residual ones at 0.1, last layers fitted to 256 others"
 # Mean and most that a vertex may be off, mm.
 FLOAT_MM, INT8_MM = (0.001, 0.01), (0.5, 2.0)  # what the export promises
 HALF_BASIS_MM = (0.01, 0.05)
 SMPLX_MM = (0.001, 0.01)
 DESCRIPTOR = 1e-5  # relative to the largest number
-_FACES = 16  # that the random network's batch norms see
+DDFA_ERROR = 1e-4  # likewise
+_FACES, _FITTED = 16, 256  # that the random network's batch norms see, and that its last layers are fitted to
+_GAIN, _SLOPE = 0.1, 0.5  # of a residual block's last norm; the steepest of PReLUs: no two of them are alike
+_RIDGE = 16.0  # a face
+_DDFA_PX, _DDFA_POINTS, _DDFA_PARTS = 120, 38_365, (40, 10)  # crop; vertices; directions of shape and expression
 _CHECKED = 32  # faces, at least: the limits are of the mean over faces
 _SEED = 112_486  # of crops that neither calibration nor the parity report has
 _ROOT = Path(__file__).resolve().parent.parent
@@ -61,13 +81,15 @@ def measure(
     """A row for each case, batch and implementation, of the files that `python -m export onnx` writes.
 
     reconstruct: crop -> vertices and landmarks, against the regressor and then smplx's FLAME, both in torch eager, as
-    in MICA's own loop. `light` has the demo weights. Other backbones' are random, and in fp32 alone: what int8 loses of
-    random weights says nothing of trained ones.
+    in MICA's own loop. `light` has the demo weights, and runs against 3DDFA_V2's regressor and dense decode too. Other
+    backbones' weights are FITTED: their answers turn by `spread_mm` from face to face, less than trained ones', and
+    what int8 loses of them is to be read beside that.
     decode: parameters -> vertices and landmarks, against smplx's FLAME.
     encode: vertices -> descriptor, against the same encoder of torch-geometric's ChebConv.
     Implementations: onnxruntime-fp32; onnxruntime-int8 (reconstruct); custom-op (decode and encode) and custom-op-fp16
-    (decode with its basis in half); openvino-fp32 and openvino-int8 where openvino is installed. `check` has the mean
-    and largest vertex error in mm against our modules in torch, or the descriptor's against torch-geometric.
+    (decode with its basis in half); "A + custom-op-fp16" (reconstruct, the regressor in A and then that decode);
+    openvino-fp32 and openvino-int8 where openvino is installed. `check` has the mean and largest vertex error in mm
+    against our modules in torch, or the descriptor's against torch-geometric.
 
     Args:
         seconds: of each row.
@@ -183,11 +205,10 @@ def _reconstruct(course: _Course, backbone: str) -> Iterator[dict[str, Any]]:
     path = checkpoint.DEMO if trained else course.work / f"{backbone}.safetensors"
     regressor = checkpoint.load_regressor()[0] if trained else _make_regressor(backbone, course.head, path)
     flame = Flame(course.head)
-    limits = {"fp32": FLOAT_MM, "int8": INT8_MM} if trained else {"fp32": FLOAT_MM}
-    files = {
-        precision: course.export("--checkpoint", str(path), "--precision", precision) / f"{RECONSTRUCT.name}.onnx"
-        for precision in limits
-    }
+    limits = {"fp32": FLOAT_MM, "int8": INT8_MM}
+    folders = {each: course.export("--checkpoint", str(path), "--precision", each) for each in limits}
+    half = _export_geometry(course, DECODE)[-1]
+    facts = {"backbone": backbone, "weights": "demo" if trained else FITTED}
     for batch in course.batches:
         crops = _paint(course.head, range(_FACES, _FACES + _CHECKED * batch // math.gcd(_CHECKED, batch)))
         smplx = _open_smplx(course, batch)
@@ -198,15 +219,28 @@ def _reconstruct(course: _Course, backbone: str) -> Iterator[dict[str, Any]]:
 
         with torch.no_grad():
             wanted = flame.decode(regressor(normalize_crop(torch.from_numpy(crops))))[0].numpy()
-        ours = [
-            (f"{name}-{precision}", run, functools.partial(_check_mm, wanted=wanted, limits=limits[precision]))
-            for precision in limits
-            for name, run in _open_runtimes(files[precision], CROP, VERTICES_M, course.threads, batch)
+        spread = 1e3 * np.linalg.norm(wanted - wanted.mean(0), axis=-1).mean()
+        ours: list[Implementation] = []
+        decode = _open_onnxruntime(half, PARAMETERS, VERTICES_M, course.threads, native=True)
+        for precision, folder in folders.items():
+            judge = functools.partial(_check_mm, wanted=wanted, limits=limits[precision])
+            whole = _open_runtimes(folder / f"{RECONSTRUCT.name}.onnx", CROP, VERTICES_M, course.threads, batch)
+            ours += [(f"{name}-{precision}", run, judge) for name, run in whole]
+            judge = functools.partial(_check_mm, wanted=wanted, limits=max(HALF_BASIS_MM, limits[precision]))
+            parts = _open_runtimes(folder / f"{REGRESS.name}.onnx", CROP, PARAMETERS, course.threads, batch)
+            for name, regress in parts:
+                run = functools.partial(_chain, regress, decode)
+                ours.append((f"{name}-{precision} + custom-op-fp16", run, judge))
+        rivals: list[Implementation] = [
+            (f"torch + {SMPLX}", loop, functools.partial(_check_mm, wanted=wanted, limits=SMPLX_MM)),
+            *([_open_3ddfa(course)] if trained else []),
         ]
-        rival = f"torch + {SMPLX}", loop, functools.partial(_check_mm, wanted=wanted, limits=SMPLX_MM)
-        yield from course.race(
-            RECONSTRUCT, batch, crops, rival, ours, backbone=backbone, weights="demo" if trained else "random"
-        )
+        for rival in rivals:
+            yield from course.race(RECONSTRUCT, batch, crops, rival, ours, **facts, spread_mm=round(float(spread), 3))
+
+
+def _chain(first: Run, second: Run, given: np.ndarray) -> np.ndarray:
+    return second(first(given))
 
 
 def _decode(course: _Course) -> Iterator[dict[str, Any]]:
@@ -273,13 +307,40 @@ def _check_code(name: str, found: np.ndarray, wanted: np.ndarray) -> dict[str, A
 
 
 def _make_regressor(backbone: str, head: Head, path: Path) -> Regressor:
-    """A network of random weights that tells faces from one another, also as a checkpoint."""
+    """A network with FITTED weights, also as a checkpoint; what lies there from an earlier time is taken.
+
+    As drawn, such a network turns int8's rounding into another face. The fit lets through what faces differ by: its
+    ridge is of the size of that noise.
+    """
+    if path.is_file():
+        kept, card = checkpoint.load_regressor(path)
+        if card["training"] == {"head": "open", "weights": FITTED}:
+            return kept
     torch.manual_seed(0)
-    regressor = Regressor(backbone)
-    _settle(regressor, normalize_crop(torch.from_numpy(_paint(head, range(_FACES)))))
-    card = {"backbone": backbone, "normalize": False, "skip": False, "head": head.facts}
-    checkpoint.save(path, regressor.state_dict(), card | {"training": {"head": "open"}})
-    return regressor.eval()
+    regressor = Regressor(backbone, skip=True)
+    for name, module in regressor.named_modules():
+        if name.endswith("bn3"):
+            nn.init.constant_(module.weight, _GAIN)
+        if isinstance(module, nn.PReLU):
+            nn.init.uniform_(module.weight, 0, _SLOPE)
+    samples = Painter(head, Synthesize(seed=_SEED + 1)).paint(range(_FACES + _FITTED))
+    crops = normalize_crop(torch.from_numpy(np.stack([sample.aligned_u8 for sample in samples])))
+    _settle(regressor, crops[:_FACES])
+    regressor.eval()
+    with torch.no_grad():
+        parts = crops[_FACES:].split(_FACES)
+        embedding = torch.cat([regressor.backbone(part) for part in parts])
+        given = torch.cat([regressor.mapping(embedding), embedding], 1).double()
+        truth = torch.stack([torch.as_tensor(sample.parameters) for sample in samples[_FACES:]])
+        wanted = ((truth - regressor.get_buffer("offset")) / regressor.get_buffer("unit")).double()
+        x, y = given - given.mean(0), wanted - wanted.mean(0)
+        weight = torch.linalg.solve(x.T @ x + _RIDGE * len(x) * torch.eye(x.shape[1]), x.T @ y).T
+        regressor.output.bias.copy_(wanted.mean(0) - weight @ given.mean(0))
+        for name, part in zip(("output", "skip"), weight.split([HIDDEN, EMBEDDING], 1), strict=True):
+            regressor.get_parameter(f"{name}.weight").copy_(part)
+    card = {"backbone": backbone, "normalize": False, "skip": True, "head": head.facts}
+    checkpoint.save(path, regressor.state_dict(), card | {"training": {"head": "open", "weights": FITTED}})
+    return regressor
 
 
 def _paint(head: Head, which: range) -> np.ndarray:
@@ -310,14 +371,7 @@ def _open_runtimes(path: Path, given: Tensor, wanted: Tensor, threads: int, batc
 
 
 def _open_onnxruntime(path: Path, given: Tensor, wanted: Tensor, threads: int, native: bool = False) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if native:
-        options.register_custom_ops_library(str(operators.library()))
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = _open_session(path, threads, native)
     names = [each.name for each in session.get_outputs()]
 
     def run(array: np.ndarray) -> np.ndarray:
@@ -325,6 +379,17 @@ def _open_onnxruntime(path: Path, given: Tensor, wanted: Tensor, threads: int, n
         return answers[names.index(wanted.name)]
 
     return run
+
+
+def _open_session(path: Path, threads: int, native: bool = False) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if native:
+        options.register_custom_ops_library(str(operators.library()))
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _open_openvino(path: Path, given: Tensor, wanted: Tensor, threads: int, batch: int) -> Run:
@@ -368,6 +433,83 @@ def _open_smplx(course: _Course, batch: int) -> Callable[[torch.Tensor], np.ndar
         return vertices
 
     return run
+
+
+class _MobileNet(nn.Sequential):
+    """MobileNet V1 as 3DDFA_V2 has it: (1, 3, 120, 120) -> (1, 62).
+
+    Source: Howard et al., MobileNets, 2017; Guo et al., Towards Fast, Accurate and Stable 3D Dense Face Alignment, ECCV
+    2020.
+    """
+
+    def __init__(self) -> None:
+        widths = (32, 64, *(128,) * 2, *(256,) * 2, *(512,) * 6, *(1024,) * 2)
+        halved = (2, 4, 6, 12)  # the blocks, from 1, with stride 2
+
+        def layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+            conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+            return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+        layers = layer(3, widths[0], 3, 2)
+        for i, (inputs, outputs) in enumerate(pairwise(widths), 1):
+            layers += layer(inputs, inputs, 3, 1 + (i in halved), inputs) + layer(inputs, outputs, 1)
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 12 + sum(_DDFA_PARTS)))
+
+
+class _DenseDecode(nn.Module):
+    """3DDFA_V2's dense decode as its ONNX file has it: one product with the basis, then a pose -> (3, 38365)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.randn(3, _DDFA_POINTS))
+        self.register_buffer("basis", torch.randn(3, _DDFA_POINTS, sum(_DDFA_PARTS)))
+
+    def forward(self, rotation: torch.Tensor, offset: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        """(3, 3), (3, 1), (40, 1), (10, 1) -> (3, 38365)."""
+        mean, basis = self.get_buffer("mean"), self.get_buffer("basis")
+        return rotation @ (mean + basis.matmul(torch.cat(parts)).squeeze()) + offset
+
+
+def _open_3ddfa(course: _Course) -> Implementation:
+    """The regressor and dense decode of 3DDFA_V2, face by face as in its loop, of a crop that is float already.
+
+    Its published weights are its own; how long they take does not hang on them.
+    """
+    torch.manual_seed(0)
+    networks = _MobileNet(), _DenseDecode()
+    _settle(networks[0], torch.randn(8, 3, _DDFA_PX, _DDFA_PX))
+    picture = torch.randn(1, 3, _DDFA_PX, _DDFA_PX)
+    pose = torch.randn(3, 3), torch.randn(3, 1)
+    examples = (picture,), (*pose, *(torch.randn(size, 1) for size in _DDFA_PARTS))
+    sessions = []
+    for network, example in zip(networks, examples, strict=True):
+        path = course.folder / f"{type(network).__name__}.onnx"
+        network.eval()
+        with warnings.catch_warnings():  # of torch about itself
+            warnings.simplefilter("ignore")
+            torch.onnx.export(network, example, path, dynamo=False)
+        sessions.append(_open_session(path, course.threads))
+    names = [[each.name for each in session.get_inputs()] for session in sessions]
+
+    def split(parameters: np.ndarray) -> list[np.ndarray]:
+        pose = parameters[:12].reshape(3, 4)
+        return [pose[:, :3], pose[:, 3:], *np.split(parameters[12:, None], _DDFA_PARTS[:1])]
+
+    def run(given: np.ndarray) -> np.ndarray:
+        found = []
+        for _ in given:
+            parameters = sessions[0].run(None, {names[0][0]: picture.numpy()})[0][0]
+            found.append(sessions[1].run(None, dict(zip(names[1], split(parameters), strict=True)))[0])
+        return np.stack(found)
+
+    with torch.no_grad():
+        parts = split(networks[0](picture)[0].numpy())
+        wanted = networks[1](*map(torch.from_numpy, parts)).numpy()
+
+    def judge(name: str, found: np.ndarray) -> dict[str, Any]:
+        return check(name, float(np.abs(found - wanted).max() / np.abs(wanted).max()), DDFA_ERROR)
+
+    return DDFA, run, judge
 
 
 def _write_flame(head: Head, folder: Path) -> None:

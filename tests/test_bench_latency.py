@@ -24,6 +24,12 @@ WANTED = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    with record.one_thread():
+        yield
+
+
 @pytest.fixture(scope="module")
 def small():
     return make_head(8)
@@ -134,15 +140,81 @@ def test_an_export_is_a_folder_by_its_options(course, monkeypatch):
     assert seen[0][-3:] == ["-o", str(folder), "--json"]
 
 
-def test_a_network_of_random_weights_tells_faces_apart(tmp_path, head):
-    model = latency._make_regressor("light", head, tmp_path / "light.safetensors")
-    loaded, card = checkpoint.load_regressor(tmp_path / "light.safetensors")
+def test_a_fitted_network_tells_faces_apart_and_is_kept(tmp_path, head, monkeypatch):
+    monkeypatch.setattr(latency, "_FITTED", 16)
+    monkeypatch.setattr(latency, "_RIDGE", 1.0)
+    path = tmp_path / "light.safetensors"
+    model = latency._make_regressor("light", head, path)
+    loaded, card = checkpoint.load_regressor(path)
     checkpoint.check_head(card, head)
-    crops = latency.normalize_crop(torch.from_numpy(latency._paint(head, range(20, 24))))
+    samples = latency.Painter(head, latency.Synthesize(seed=latency._SEED + 1)).paint(range(16, 32))  # its own
+    crops = latency.normalize_crop(torch.from_numpy(np.stack([sample.aligned_u8 for sample in samples])))
     with torch.no_grad():
-        found = model(crops)
-        torch.testing.assert_close(loaded(crops), found)
-    assert 0.05 < found[:, params.SLICES["shape"]].std(0).mean() < 1
+        found = model(crops).numpy()
+        np.testing.assert_array_equal(loaded(crops).numpy(), found)
+    truth = np.stack([sample.parameters for sample in samples])[:, params.SLICES["shape"]]
+    error, spread = (np.square(truth - each).sum() for each in (found[:, params.SLICES["shape"]], truth.mean(0)))
+    assert error < 0.9 * spread, "it was fitted"
+    slopes = [m.weight for m in model.modules() if isinstance(m, torch.nn.PReLU)]
+    assert len({slope.unique().numel() for slope in slopes} - {1}) > 1, "no runtime may take them for one number"
+    written = path.stat().st_mtime_ns
+    latency._make_regressor("light", head, path)
+    assert path.stat().st_mtime_ns == written
+    monkeypatch.setattr(latency, "FITTED", "otherwise")
+    latency._make_regressor("light", head, path)
+    assert checkpoint.load(path)[1]["training"]["weights"] == "otherwise", "weights of another recipe are not taken"
+
+
+def test_the_rival_has_the_networks_of_3ddfa(course, monkeypatch):
+    assert sum(each.numel() for each in latency._MobileNet().parameters()) == pytest.approx(3.27e6, rel=2e-3), "its own"
+    monkeypatch.setattr(latency, "_DDFA_POINTS", 50)
+    name, run, judge = latency._open_3ddfa(course)
+    assert name == latency.DDFA
+    assert "random weights" in name
+    found = run(np.zeros((2, 112, 112, 3), np.uint8))
+    assert found.shape == (2, 3, 50)
+    assert judge("x", found)["passed"]
+    with pytest.raises(record.DisagreesError, match="x: error"):
+        judge("x", found * 1.01)
+
+
+@pytest.mark.parametrize(("backbone", "rivals"), [("light", 2), ("iresnet50", 1)])
+def test_reconstruct_pairs_precisions_runtimes_and_rivals(course, small, monkeypatch, backbone, rivals):
+    demo = checkpoint.load_regressor()[0]
+    flame = Flame(small)
+
+    def regress(crops):
+        with torch.no_grad():
+            return demo(latency.normalize_crop(torch.from_numpy(crops))).numpy()
+
+    def opened(path, given, wanted, *_, **__):  # as if the files computed what torch does
+        decode = [latency.VERTICES_M, latency.PARAMETERS].index(wanted) == 0
+        first = regress if given == latency.CROP else np.asarray
+        return lambda x: exact(small)(first(x)) if decode else first(x)
+
+    course = latency._Course(course.work, course.folder, small, (1,), 1, 0)
+    monkeypatch.setattr(latency, "_race_in_turns", lambda *_, **__: ([1.0], [2.0]))
+    monkeypatch.setattr(latency._Course, "export", lambda self, *options: Path("-".join(options)))
+    monkeypatch.setattr(latency, "_make_regressor", lambda *_: demo)
+    monkeypatch.setattr(latency, "_open_runtimes", lambda *a: [("onnxruntime", opened(*a)), ("openvino", opened(*a))])
+    monkeypatch.setattr(latency, "_open_onnxruntime", opened)
+    monkeypatch.setattr(latency, "_open_3ddfa", lambda _: ("3ddfa", lambda x: x, lambda *_: {}))
+    monkeypatch.setattr(latency, "_paint", lambda *_: np.full((2, 112, 112, 3), [[[[9]]], [[[200]]]], np.uint8))
+    rows = list(latency._reconstruct(course, backbone))
+    plain = [f"{runtime}-{precision}" for precision in ("fp32", "int8") for runtime in ("onnxruntime", "openvino")]
+    assert {row["implementation"] for row in rows} == {*plain, *(f"{each} + custom-op-fp16" for each in plain)}
+    assert len(rows) == 8 * rivals
+    assert {row["rival"] for row in rows} == {"torch + smplx", "3ddfa"} if rivals == 2 else {"torch + smplx"}
+    limits = {row["implementation"]: row["check"]["limit"] for row in rows}
+    assert limits["onnxruntime-fp32"] == latency.FLOAT_MM[0]
+    assert limits["onnxruntime-fp32 + custom-op-fp16"] == latency.HALF_BASIS_MM[0]
+    assert limits["openvino-int8 + custom-op-fp16"] == limits["openvino-int8"] == latency.INT8_MM[0]
+    assert {row["weights"] for row in rows} == {"demo" if backbone == "light" else latency.FITTED}
+    spread = rows[0]["spread_mm"]
+    crops = latency._paint()
+    answers = flame.decode(torch.from_numpy(regress(crops)))[0].detach().numpy()
+    assert spread == pytest.approx(1e3 * np.linalg.norm(answers - answers.mean(0), axis=-1).mean(), abs=1e-3)
+    assert spread > 0
 
 
 def test_threads_are_given_back(monkeypatch):

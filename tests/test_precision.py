@@ -23,6 +23,7 @@ from export.precision import (
     precision_of,
     quantize,
     quantize_within,
+    unfold_prelu,
 )
 
 HALVES = {"fp16": (TensorProto.FLOAT16, 2**-11), "bf16": (TensorProto.BFLOAT16, 2**-8)}
@@ -205,6 +206,25 @@ def test_int8_runs_in_integers_and_is_near(net: onnx.ModelProto, crops: np.ndarr
     assert integer_layers(net) == 0
 
 
+def test_prelu_is_a_product_and_a_maximum(net: onnx.ModelProto, crops: np.ndarray) -> None:
+    made = unfold_prelu(net)
+    assert [n.op_type for n in made.graph.node if n.op_type in ("PRelu", "Max")] == ["Max"]
+    assert any(n.op_type == "PRelu" for n in net.graph.node), "the given graph is not changed"
+    np.testing.assert_array_equal(run(made, crops), run(net, crops))
+    assert unfold_prelu(made) == made
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.0, 1.0, 1.01])
+def test_prelu_of_any_slope_is_itself(net: onnx.ModelProto, crops: np.ndarray, value: float) -> None:
+    odd = with_weight(net, "slope", value)
+    made = unfold_prelu(odd)
+    assert any(n.op_type == "PRelu" for n in made.graph.node) == (value > 1)
+    np.testing.assert_array_equal(run(made, crops), run(odd, crops))
+    quantized, report = quantize(odd, crops)
+    assert report["integer"] == 4, "whichever way the activation is spelled"
+    assert any(n.op_type == "PRelu" for n in quantized.graph.node) == (value > 1)
+
+
 def test_excluded_layers_stay_float(net: onnx.ModelProto, crops: np.ndarray) -> None:
     assert layer_names(net) == ["w0", "w1", "w2", "w3"]
     made, report = quantize(net, crops, exclude=("w3", "w0"))
@@ -260,17 +280,22 @@ def test_layers_are_left_out_until_the_error_allows(net: onnx.ModelProto, crops:
     assert [each["error"] for each in report["tries"]] == [3.0, 0.9]
     assert len(said) == 2
     _, report = quantize_within(wide, crops, lambda proto: 9.0)
-    assert len(report["tries"]) == 2, "half of the layers are out: no more tries"
+    assert [each["excluded"] for each in report["tries"]] == [[], ["w0", "w3"], ["w0", "w2"]], "never more than half"
+    allowed |= {("w0", "w3"): 2.0, ("w0", "w2"): 0.5}
+    _, report = quantize_within(wide, crops, left)
+    assert report["excluded"] == ["w0", "w2"], "the first layer and the shortcut"
 
 
 def test_most_harmful_layer_goes_next(net: onnx.ModelProto, crops: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_MOST_EXCLUDED", 1.0)
 
-    def error(proto: onnx.ModelProto) -> float:  # only w2 does harm
-        return 5.0 if any(n.input[1] == "w2.int8" for n in proto.graph.node if n.op_type == "Conv") else 0.1
+    def error(proto: onnx.ModelProto) -> float:  # w1 does harm, the ends a little
+        rounded = {n.input[1] for n in proto.graph.node if n.op_type == "Conv"}
+        return 0.5 + 5.0 * ("w1.int8" in rounded) + 0.1 * len({"w0.int8", "w3.int8"} & rounded)
 
     _, report = quantize_within(net, crops, error)
-    assert report["excluded"] == ["w0", "w2", "w3"]
+    assert report["excluded"] == ["w0", "w1", "w3"], "from the best of what came before"
+    assert [len(each["excluded"]) for each in report["tries"]] == [0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize(
