@@ -126,7 +126,7 @@ def emulate(proto: onnx.ModelProto) -> onnx.ModelProto:
         return proto
     made = copy.deepcopy(proto)
     kind = _HALVES[precision]
-    halves = _tensors_of(made, kind)
+    halves = _tensors_of(made, kind) - {output.name for output in made.graph.output}  # those are rounded as they are
     for tensor in made.graph.initializer:
         if tensor.data_type == kind:
             array = numpy_helper.to_array(tensor).astype(np.float32)
