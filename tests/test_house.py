@@ -41,7 +41,7 @@ LAYERS = [
 # The only places that may import a heavy package.
 DOORS = {
     "tritonclient": ("client/", "export/"),
-    "onnx": ("export/", "foreign_onnx.py"),
+    "onnx": ("export/", "bench/", "foreign_onnx.py"),
     "tensorrt": ("export/",),
     "tensorrt_rtx": ("export/",),
     "tensorrt_rtx_bindings": ("export/",),

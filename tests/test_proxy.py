@@ -278,6 +278,24 @@ def test_the_deepest_json_that_is_let_through_does_no_harm(front: Proxy, server:
 
 
 @needs_nginx
+@pytest.mark.parametrize("where", ["all JSON", "JSON in front", "chunks"])
+@pytest.mark.parametrize("shape", ["[2147483647, 33]", "[9999,9999,9999]", "[1, 112 ,112, 3, 99999999]", " [1e9]", "7"])
+def test_a_huge_shape_never_reaches_the_server(
+    front: Proxy, server: Server, known: dict, where: str, shape: str
+) -> None:
+    for key in ("shape", "sh\\u0061pe"):
+        fair = '{"name": "other", "datatype": "INT32", "shape": [1], "data": [0]}'
+        huge = f'{{"name": "crop", "datatype": "UINT8", "{key}" : {shape}, "data": [0]}}'
+        text = f'{{"inputs": [{fair}, {huge}]}}'.encode()
+        body = {"all JSON": text, "JSON in front": text + bytes(2_000_000), "chunks": iter([text[:150], text[150:]])}
+        fields = {} if where == "all JSON" else {LENGTH.replace("-", "_"): str(len(text))}
+        status, said = ask(front, "POST", INFER, body[where], **fields)
+        assert status == 400 and b"-1" in said, said
+    assert server.is_running()
+    assert np.abs(send(front)["vertices"] - known["vertices"]).max() < 1e-5
+
+
+@needs_nginx
 def test_a_million_tiny_chunks_are_one_body(front: Proxy, server: Server, known: dict) -> None:
     begin = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n"
 
@@ -346,6 +364,51 @@ def test_two_servers_share_the_load_and_one_may_die(
         asked = {row["server"] for row in rows[:16]} & {f"127.0.0.1:{s.ports[kind]}" for s in (server,)}
         asked |= {row["server"] for row in rows[:16]} & {f"127.0.0.1:{getattr(other, f'{kind}_port')}"}
         assert len(asked) == 2
+
+
+@needs_nginx
+def test_another_server_takes_over_and_metrics_follow(server: Server, repository: Path) -> None:
+    metrics = free_ports()["http_port"]
+    made = Proxy("127.0.0.1", **free_ports(), metrics_port=metrics, tokens=[TOKEN], rate=1000, drain_s=0.5)
+    with pytest.raises(ServerUnavailableError, match="the proxy is not running"):
+        made.lead(server.ports)
+
+    def scrape() -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", metrics, timeout=10)
+        try:
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read().decode()
+        finally:
+            connection.close()
+
+    count = 'nv_inference_request_success{model="reconstruct",version="1"}'
+    try:
+        with Server(repository, stop_timeout_s=0.3) as second:
+            made.start(server.ports)
+            send(made)
+            before = scrape().partition(count)[2].split()[0]
+            made.lead(second.ports)
+            assert int(scrape().partition(count)[2].split()[0]) == 1 < int(before)  # its own canary
+            send(made, "grpc")
+            assert int(scrape().partition(count)[2].split()[0]) == 2
+            made.lead(server.ports)
+        send(made, "grpc")
+    finally:
+        made.stop()
+
+
+@needs_nginx
+def test_what_nginx_does_not_take_changes_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Proxy("127.0.0.1", **free_ports(), tokens=[TOKEN], drain_s=0.5)
+    try:
+        made.start(server.ports)
+        monkeypatch.setattr(proxy_module, "_START_S", 0.5)
+        monkeypatch.setattr(made, "config", lambda *_: "nonsense;")
+        with pytest.raises(ServerUnavailableError, match=r"(?s)does not take the new server.*unknown directive"):
+            made.lead({"grpc": 1, "http": 2})
+        send(made)
+    finally:
+        made.stop()
 
 
 @needs_nginx
@@ -433,6 +496,8 @@ def test_missing_nginx_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
         ({"bind": "example.org"}, "expected an IP address"),
         ({"grpc_port": 0}, "grpc_port: expected 1..65535"),
         ({"grpc_port": 9, "http_port": 9}, "must differ"),
+        ({"metrics_port": 0}, "metrics_port: expected 1..65535"),
+        ({"metrics_port": 8000}, "must differ"),
         ({"rate": 0}, "rate: expected at least 1"),
         ({"certificate": "c.pem"}, "go together"),
         ({"tokens": ["short"]}, "expected 16 or more"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import importlib.machinery
 import importlib.metadata
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -199,7 +201,7 @@ def test_taken_port_is_named(repository: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"grpc_port": 0}, {"http_port": 65536}, {"grpc_port": 9, "http_port": 9}, {"start_timeout_s": 0}],
+    [{"grpc_port": 0}, {"http_port": 65536}, {"grpc_port": 9, "http_port": 9}, {"start_timeout_s": 0}, {"cores": 0}],
 )
 def test_impossible_settings_are_refused(options: dict) -> None:
     with pytest.raises(ConfigError):
@@ -379,6 +381,46 @@ def test_interrupted_parent_takes_the_server_along(repository: Path, number: sig
     assert parent.returncode == 0
     assert processes_of(group) == []
     assert shared_memory(parent.pid) == set()
+
+
+@pytest.mark.parametrize("nohup", [True, False])
+def test_a_hang_up_may_mean_renewal(nohup: bool) -> None:
+    asked: list[str] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN) if nohup else signal.getsignal(signal.SIGHUP)
+    try:
+        with stop_signals(lambda: asked.append("renew")):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked == ["renew"]
+            with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_models_at_work_can_be_limited(repository: Path) -> None:
+    with Server(repository, cores=1, stop_timeout_s=0.3) as server:
+        words = Path(f"/proc/{server.pid}/cmdline").read_bytes().split(b"\0")
+        assert {b"--rate-limit=execution_count", b"--rate-limit-resource=core:1"} < set(words)
+        assert server.check() > 0
+        assert server.again()._cores == 1
+
+
+def test_another_of_the_same_has_ports_of_its_own(running: Server) -> None:
+    other = running.again()
+    assert other.repository == running.repository and other.ports == {} and not other.is_running()
+
+
+def test_a_full_disk_is_unavailable_and_leaves_nothing(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(server_module, "materialise", refuse)
+    with pytest.raises(ServerUnavailableError, match=rf"{tmp_path}: .*No space left on device.*: make room"):
+        Server(repository).start()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import onnx
@@ -145,8 +146,8 @@ class Failing:
         self.swept = ["/dev/shm/x"] if self.said == ["start"] else []
 
     def watch(self, every_s: float, meanwhile) -> None:
-        meanwhile()
-        self._next()
+        if not meanwhile():
+            self._next()
 
     def stop(self) -> None:
         self.said.append("stop")
@@ -160,13 +161,13 @@ def test_restarts_are_counted_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict] = []
     with pytest.raises(ServerUnavailableError, match="failed 4 times within 600 s, the last time so: the server died"):
         supervise(server, report=write_event(lambda line: rows.append(json.loads(line)), True), limit=3)
-    assert server.said == ["start", "stop"] * 4
+    assert server.said == [*["start", "stop"] * 4, "stop"]
     assert waits == [1, 2, 4]
     events = [row["event"] for row in rows]
     assert events[:4] == ["removed leftovers", "ready", "failed", "restarting"]
-    assert events.count("failed") == 4 and events[-1] == "gave up"
+    assert events.count("failed") == 4 and events[-2:] == ["gave up", "draining"]
     assert rows[2]["reason"] == "the server died; the end of its log:" and rows[2]["detail"] == "the log"
-    assert [row["level"] for row in rows[1:4]] == ["info", "warning", "warning"] and rows[-1]["level"] == "error"
+    assert [row["level"] for row in rows[1:4]] == ["info", "warning", "warning"] and rows[-2]["level"] == "error"
 
 
 @pytest.mark.parametrize("error", [ServerUnavailableError("port taken"), AssetError("no models")])
@@ -174,7 +175,7 @@ def test_what_cannot_start_at_all_is_not_tried_again(error: Exception) -> None:
     server = Failing(error)
     with pytest.raises(type(error), match=str(error)):
         supervise(server, report=write_event(lambda line: None, False))
-    assert server.said == ["start"]
+    assert server.said == ["start", "stop"]
 
 
 def test_failures_long_ago_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +187,59 @@ def test_failures_long_ago_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(AssetError, match="gone"):
         supervise(server, report=write_event(lambda line: None, True), limit=1)
     assert server.said.count("start") == 6
+
+
+class Front:
+    """A proxy of no server."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def is_running(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str):
+        return lambda *_: self.said.append(name)
+
+
+def renew_once(server: Failing, other: Failing, error: BaseException | None = None) -> tuple[Front, list[str]]:
+    wanted, proxy, events = Event(), Front(), []
+    server.again = lambda: other
+    wanted.set()
+
+    def prove(given: object) -> None:
+        assert given is other and not wanted.is_set()
+        if error:
+            raise error
+
+    def report(event: str, **facts: object) -> None:
+        events.append(event)
+
+    with pytest.raises((KeyboardInterrupt, AssetError)):
+        supervise(server, proxy, report=report, renew=wanted, prove=prove)
+    return proxy, events
+
+
+def test_a_renewal_ends_the_old_server_last() -> None:
+    server, other = Failing(None), Failing(None, KeyboardInterrupt())
+    proxy, events = renew_once(server, other)
+    assert events == ["removed leftovers", "opened", "ready", "renewing", "renewed", "draining"]
+    assert server.said == ["start", "stop"] and other.said == ["start", "stop"]
+    assert proxy.said == ["start", "lead", "stop"]
+
+
+@pytest.mark.parametrize("error", [WrongAnswerError("another head"), OSError("no space left"), AssetError("damaged")])
+def test_what_is_not_well_is_not_renewed(error: Exception) -> None:
+    server, other = Failing(None, KeyboardInterrupt()), Failing(None)
+    proxy, events = renew_once(server, other, error)
+    assert events == ["removed leftovers", "opened", "ready", "renewing", "not renewed", "draining"]
+    assert other.said == ["start", "stop"] and proxy.said == ["start", "stop"]
+
+
+def test_an_interrupted_renewal_stops_both() -> None:
+    server, other = Failing(None), Failing(KeyboardInterrupt())
+    renew_once(server, other)
+    assert server.said == other.said == ["start", "stop"]
 
 
 def test_events_in_text() -> None:
@@ -233,6 +287,11 @@ def test_check_needs_models_and_onnxruntime(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match=r"chebface\[server\]"):
         run_here(tmp_path, draw_face()[None])
+
+
+def test_faces_are_sent_after_a_while_at_least(repository: Path) -> None:
+    code, said = run("--canary-s", 0, "--repository", repository)
+    assert code == 2 and "expected seconds above 0" in said
 
 
 @pytest.mark.parametrize("option", [("--certificate", "c"), ("--token-file", "t"), ("--insecure",), ("--key", "k")])

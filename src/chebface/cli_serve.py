@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from chebface.command import FILE, FOLDER, guarded
+
+if TYPE_CHECKING:
+    from chebface.server import Server
 
 
 @click.command()
@@ -35,6 +39,10 @@ from chebface.command import FILE, FOLDER, guarded
         "Exit code 6 without an answer, 3 with a wrong one."
     ),
 )
+@click.option(
+    "--canary-s", type=float, default=10.0, show_default=True, help="Seconds from one face that is sent to the next."
+)
+@click.option("--cores", type=click.IntRange(1), help="Models at work at the same time. As many as there are requests.")
 @click.option("--ca-file", type=FILE, help="Certificates to trust. With --check URL.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of events.")
 @click.option(
@@ -59,6 +67,8 @@ def serve(
     upstream: tuple[str, ...],
     access_log: Path | None,
     check: str | None,
+    canary_s: float,
+    cores: int | None,
     ca_file: Path | None,
     log_format: str,
     show: str | None,
@@ -67,8 +77,11 @@ def serve(
     """Serve the models with the Triton server of the nvidia-pytriton wheel, until Ctrl-C or SIGTERM.
 
     On 127.0.0.1 alone, unless --bind opens it. A face goes through every ten seconds: a server that fails is started
-    anew, five times in ten minutes at most.
+    anew, five times in ten minutes at most. With --bind, SIGHUP brings in what the repository has now, without one
+    failed request: the new server is checked before the old one ends.
     """
+    from threading import Event
+
     from chebface import proxy as front
     from chebface.server import Server, stop_signals
     from chebface.supervise import supervise, write_event
@@ -91,6 +104,7 @@ def serve(
             key=key,
             tokens=front.read_tokens(token_file),
             insecure=insecure or show == "nginx",
+            metrics_port=metrics_port,
             rate=rate,
             max_body_mb=max_body_mb,
             access_log=access_log,
@@ -100,20 +114,26 @@ def serve(
     if show:
         click.echo(front.show(show, proxy), nl=False)
         return
-    inner = (None, None) if proxy else (grpc_port, http_port)  # the outer ones are the proxy's
-    server = Server(repository, grpc_port=inner[0], http_port=inner[1], metrics_port=metrics_port)
+    if canary_s <= 0:
+        raise click.UsageError(f"--canary-s: expected seconds above 0, got {canary_s}")
+    server = Server(repository, cores=cores)  # with a proxy the ports are that one's
+    if proxy is None:
+        server = Server(repository, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port, cores=cores)
+    renew = Event()
     report = write_event(click.echo, log_format == "json")
     try:
-        with stop_signals():
-            try:
-                supervise(server, proxy, report=report)
-            finally:
-                report("draining")
-                if proxy:
-                    proxy.stop()
-                server.stop()
+        with stop_signals(renew.set if proxy else None):
+            supervise(server, proxy, report=report, every_s=canary_s, renew=renew, prove=_prove)
     except KeyboardInterrupt:
         report("stopped")
+
+
+def _prove(server: Server) -> None:
+    from chebface.canary import check_answer
+    from chebface.client.connection import open_transport
+    from chebface.client.wire import parse_url
+
+    check_answer(open_transport(parse_url(server.url)), server.repository)
 
 
 def _check_server(url: str, repository: Path, tokens: tuple[str, ...], ca_file: Path | None) -> None:

@@ -1,7 +1,8 @@
 """nginx in front of a server that is opened to a network: TLS, tokens, limits; and the files for other places to run.
 
-Triton trusts whoever reaches it: its 2.51 dies of one deeply nested JSON or a flood of tiny chunks, takes bodies of any
-size, and has interfaces that are no user's business. None of that passes the configuration in deploy/nginx.conf.
+Triton trusts whoever reaches it: its 2.51 dies of one deeply nested JSON, of a JSON tensor with a huge shape or of a
+flood of tiny chunks, takes bodies of any size, and has interfaces that are no user's business. None of that passes the
+configuration in deploy/nginx.conf.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from chebface.errors import ConfigError, MissingDependencyError, ServerUnavailableError
+from chebface.files import write_whole
 from chebface.server import ADMIN_NAME, FOLDER, HARDENED, RESTRICTED, end_with_us, hold
-from chebface.signature import RECONSTRUCT, SERVED
+from chebface.signature import RECONSTRUCT, SERVED, Tensor
 from chebface.wheel import HOST, NGC_IMAGE
 
 TOKEN_VARIABLE = "CHEBFACE_TOKEN"
@@ -107,6 +109,7 @@ class Proxy:
         tokens: Sequence[str] = (),
         insecure: bool = False,
         rate: int = 100,
+        metrics_port: int | None = None,
         connections: int = 128,
         max_body_mb: int = 16,
         drain_s: float = 30.0,
@@ -121,6 +124,7 @@ class Proxy:
             certificate, key: PEM files for TLS.
             tokens: clients must send one of them as bearer token; health needs none.
             insecure: beyond loopback without TLS or tokens, since something else sees to them.
+            metrics_port: where Prometheus finds the local server, whichever that is now; on 127.0.0.1 always.
             rate: requests per second of one client address; twice as many may come at once.
             connections: requests of one client address at the same time.
             max_body_mb: of a request.
@@ -134,11 +138,13 @@ class Proxy:
             address = ipaddress.ip_address(bind)
         except ValueError as error:
             raise ConfigError(f"bind: expected an IP address such as 0.0.0.0, got {bind!r}") from error
-        for name, port in (("grpc_port", grpc_port), ("http_port", http_port)):
+        self.ports = {"grpc": grpc_port, "http": http_port}
+        self.ports |= {} if metrics_port is None else {"metrics": metrics_port}
+        for name, port in self.ports.items():
             if not 1 <= port <= 65535:
-                raise ConfigError(f"{name}: expected 1..65535, got {port}")
-        if grpc_port == http_port:
-            raise ConfigError(f"grpc_port and http_port must differ, got {grpc_port} twice")
+                raise ConfigError(f"{name}_port: expected 1..65535, got {port}")
+        if len(set(self.ports.values())) != len(self.ports):
+            raise ConfigError(f"grpc_port, http_port and metrics_port must differ, got {list(self.ports.values())}")
         for name, number in (("rate", rate), ("connections", connections), ("max_body_mb", max_body_mb)):
             if number < 1:
                 raise ConfigError(f"{name}: expected at least 1, got {number}")
@@ -159,10 +165,10 @@ class Proxy:
             if path is not None and re.search(r'["$\\\n]', str(path)):
                 raise ConfigError(f'{name}: {path!r} has a ", $, \\ or line end, which nginx cannot take')
         self.bind = f"[{bind}]" if address.version == 6 else bind
-        self.ports = {"grpc": grpc_port, "http": http_port}
         self._upstreams, self._tokens = list(upstreams), tuple(tokens)
         self._rate, self._connections, self._max_body_mb, self._drain_s = rate, connections, max_body_mb, drain_s
         self._local: Upstream | None = None
+        self._local_metrics: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._owner: int | None = None
@@ -199,7 +205,12 @@ class Proxy:
                 f'    ssl_certificate_key "{self._files["key"]}";\n'
                 "    ssl_protocols TLSv1.2 TLSv1.3;\n    ssl_session_cache shared:tls:4m;\n"
             )
-        log = self._files["access_log"]
+        log, metrics = self._files["access_log"], ""
+        if "metrics" in self.ports and self._local_metrics:
+            metrics = (
+                f"    server {{\n        listen {HOST}:{self.ports['metrics']};\n        location = /metrics {{ "
+                f"proxy_pass http://{HOST}:{self._local_metrics}; }}\n        location / {{ return 404; }}\n    }}\n"
+            )
         # A server is left alone for 2 s after three failures in a row, not for the usual 10 after one.
         lines = {
             kind: "\n".join(f"        server {s.host}:{port(s)} max_fails=3 fail_timeout=2s;" for s in servers)
@@ -225,6 +236,8 @@ class Proxy:
             GRPC_PORT=str(self.ports["grpc"]),
             HTTP_PORT=str(self.ports["http"]),
             MODELS="|".join(SERVED),
+            METRICS=metrics,
+            SHAPES="|".join(sorted({r"\s*,\s*".join(map(str, tensor.shape)) for tensor in _inputs()})),
         )
 
     def start(self, ports: Mapping[str, int] | None = None) -> Proxy:
@@ -242,15 +255,13 @@ class Proxy:
             if self._process is not None:
                 raise ServerUnavailableError(f"the proxy is already started (pid {self._process.pid})")
             if ports is not None:
-                self._local = Upstream(HOST, ports["grpc"], ports["http"])
+                self._set_local(ports)
             nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
             if nginx is None:
                 raise MissingDependencyError(
                     "nginx is not installed, and without it the server is not opened: apt-get install nginx-light"
                 )
-            nobody = pwd.getpwnam("nobody")
-            user = f"user {nobody.pw_name} {grp.getgrgid(nobody.pw_gid).gr_name};"
-            text = self.config(user if os.geteuid() == 0 else "")
+            text = self.config(_worker_user())
             self._check_files()
             self._probe_ports()
             atexit.register(self.stop)
@@ -260,6 +271,30 @@ class Proxy:
                 self.stop()
                 raise
             return self
+
+    def lead(self, ports: Mapping[str, int]) -> None:
+        """Ask another Server of this machine from now on; returns when the one before has answered what it was asked.
+
+        Args:
+            ports: of the other server, which is ready.
+
+        Raises:
+            ServerUnavailableError: nginx is not running, or does not take the change; it asks the one before.
+        """
+        with self._lock:
+            if self._process is None or self._folder is None or not self.is_running():
+                raise ServerUnavailableError("the proxy is not running: start() it")
+            before, old = (self._local, self._local_metrics), _children(self._process.pid)
+            self._set_local(ports)
+            write_whole(self._folder / "nginx.conf", self.config(_worker_user()).encode()).chmod(0o600)
+            self._process.send_signal(signal.SIGHUP)  # new workers; the old finish what they have and end
+            if not _await(lambda: bool(_children(self._process.pid if self._process else 0) - old), _START_S):
+                self._local, self._local_metrics = before
+                raise ServerUnavailableError(f"nginx does not take the new server:\n{self.log[-2000:]}")
+            _await(lambda: not any(Path(f"/proc/{pid}").exists() for pid in old), self._drain_s + 2)
+
+    def _set_local(self, ports: Mapping[str, int]) -> None:
+        self._local, self._local_metrics = Upstream(HOST, ports["grpc"], ports["http"]), ports.get("metrics")
 
     def _check_files(self) -> None:
         certificate, key = self._files["certificate"], self._files["key"]
@@ -272,15 +307,15 @@ class Proxy:
                 ) from error
 
     def _probe_ports(self) -> None:
-        family = socket.AF_INET6 if self.bind.startswith("[") else socket.AF_INET
         for name, port in self.ports.items():
-            with socket.socket(family) as probe:
+            bind = HOST if name == "metrics" else self.bind
+            with socket.socket(socket.AF_INET6 if bind.startswith("[") else socket.AF_INET) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((self.bind.strip("[]"), port))
+                    probe.bind((bind.strip("[]"), port))
                 except OSError as error:
                     raise ServerUnavailableError(
-                        f"{name} port {port} on {self.bind} cannot be used ({error.strerror}): stop the program that "
+                        f"{name} port {port} on {bind} cannot be used ({error.strerror}): stop the program that "
                         f"has it or choose another {name} port"
                     ) from error
 
@@ -307,7 +342,7 @@ class Proxy:
             )
         deadline = time.monotonic() + _START_S
         host = {"0.0.0.0": HOST, "[::]": "::1"}.get(self.bind, self.bind.strip("[]"))
-        for port in self.ports.values():
+        for port in (self.ports["grpc"], self.ports["http"]):
             while True:
                 if not self.is_running():
                     raise ServerUnavailableError(
@@ -359,6 +394,32 @@ class Proxy:
                 os.close(self._owner)
                 self._owner = None
             atexit.unregister(self.stop)
+
+
+def _inputs() -> Iterator[Tensor]:
+    for model in SERVED.values():
+        yield from (*model.inputs, *model.optional)
+
+
+def _worker_user() -> str:
+    """The directive that takes rights from nginx's workers, where we have them to give."""
+    nobody = pwd.getpwnam("nobody")
+    return f"user {nobody.pw_name} {grp.getgrgid(nobody.pw_gid).gr_name};" if os.geteuid() == 0 else ""
+
+
+def _children(pid: int) -> set[int]:
+    with contextlib.suppress(OSError):
+        return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return set()
+
+
+def _await(is_so: Callable[[], bool], most_s: float) -> bool:
+    deadline = time.monotonic() + most_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _spell_tokens(tokens: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 
 from chebface import signature
 from chebface.errors import (
+    ChebfaceError,
     ConfigError,
     InputError,
     ServerBusyError,
@@ -46,6 +47,7 @@ HARDENED = (  # what any Triton server of ours is started with, here and in a co
     "--metrics-config=summary_latencies=true",  # quantiles, not only sums
 )
 PORT_ATTEMPTS = 3  # a free port may be lost between its choice and its use
+RESOURCE = "core"  # what a model at work holds one of, by its config.pbtxt
 PORT_TAKEN = "already in use"
 SILENCES = 3  # checks in a row without an answer before a server that is running counts as lost
 LOG_TAIL = 40  # lines shown when the server fails
@@ -75,6 +77,7 @@ class Server:
         metrics_port: int | None = None,
         start_timeout_s: float = 120.0,
         stop_timeout_s: float = 30.0,
+        cores: int | None = None,
         log_path: str | Path | None = None,
     ) -> None:
         """Nothing is started yet.
@@ -84,10 +87,11 @@ class Server:
             grpc_port, http_port, metrics_port: None takes a free one, and keeps it over restarts.
             start_timeout_s: how long loading and warming may take.
             stop_timeout_s: how long requests in flight may take to finish before the server is killed.
+            cores: models at work at the same time, a thread each; None leaves that to the machine.
             log_path: keep the server's log here; None keeps it only while the server runs.
 
         Raises:
-            ConfigError: a port or time out of range, or a port given twice.
+            ConfigError: a port, time or number out of range, or a port given twice.
         """
         self.repository = Path(repository).resolve()
         self._wanted: dict[str, int | None] = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
@@ -99,6 +103,9 @@ class Server:
             raise ConfigError(f"grpc_port, http_port and metrics_port must differ, got {given}")
         if start_timeout_s <= 0 or stop_timeout_s <= 0:
             raise ConfigError(f"timeouts must be above 0 s, got start {start_timeout_s} and stop {stop_timeout_s}")
+        if cores is not None and cores < 1:
+            raise ConfigError(f"cores: expected at least 1, got {cores}")
+        self._cores = cores
         self._start_timeout_s, self._stop_timeout_s = start_timeout_s, stop_timeout_s
         self._log_path = Path(log_path).resolve() if log_path else None
         self._process: subprocess.Popen[bytes] | None = None
@@ -113,6 +120,11 @@ class Server:
         self.ports: dict[str, int] = {}
         self.admin_header = (ADMIN_NAME, secrets.token_hex(16))
         self.started_in_s = 0.0
+
+    def again(self) -> Server:
+        """Another server of the same repository and limits, not started, on ports of its own; for a renewal."""
+        start_s, stop_s = self._start_timeout_s, self._stop_timeout_s
+        return Server(self.repository, start_timeout_s=start_s, stop_timeout_s=stop_s, cores=self._cores)
 
     def __enter__(self) -> Server:
         return self.start()
@@ -167,7 +179,8 @@ class Server:
         Raises:
             AssetError: the repository is not filled, or a model file is not what signature.py says.
             MissingDependencyError: the wheel or what it needs is missing; the message has the container's command.
-            ServerUnavailableError: a port is taken, the server died or was not ready in time (with the log's end).
+            ServerUnavailableError: a port is taken, the disk is full, the server died or was not ready in time (with
+                the log's end).
         """
         with self._lock:
             if self._process:
@@ -190,6 +203,10 @@ class Server:
                     break
                 except BaseException as error:
                     self.stop()
+                    if isinstance(error, OSError) and not isinstance(error, ChebfaceError):
+                        raise ServerUnavailableError(
+                            f"{tempfile.gettempdir()}: the server's files cannot be written there ({error}): make room"
+                        ) from error
                     lost = isinstance(error, ServerUnavailableError) and PORT_TAKEN in str(error)
                     if not lost or attempt == PORT_ATTEMPTS - 1:
                         raise
@@ -222,6 +239,8 @@ class Server:
             f"--http-restricted-api={','.join(RESTRICTED)}:{key}={value}",
             f"--grpc-restricted-protocol={','.join(RESTRICTED)}:{key}={value}",
         ]
+        if self._cores is not None:
+            command += ["--rate-limit=execution_count", f"--rate-limit-resource={RESOURCE}:{self._cores}"]
         for name, port in ports.items():
             command += [f"--{name}-address={HOST}", f"--{name}-port={port}"]
         log = self._log_path or folder / "server.log"
@@ -325,14 +344,14 @@ class Server:
         _check_answer(json.loads(body[:length]), model.outputs)
         return (time.monotonic() - began) * 1e3
 
-    def watch(self, every_s: float = 10.0, *, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def watch(self, every_s: float = 10.0, *, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Stay until the server fails; a blank crop goes through it from time to time. Busy is no failure.
 
         A backend's process that ends is a failure at once: Triton never starts it again, and stays "ready".
 
         Args:
             every_s: from one crop to the next.
-            meanwhile: called several times a second.
+            meanwhile: called several times a second; something true ends the watch.
 
         Raises:
             ServerUnavailableError, ServerError: it died or stopped answering (with the log's end).
@@ -346,7 +365,8 @@ class Server:
                 if missing := set(backends) - set(self.backends):
                     self._broken = True
                     raise ServerUnavailableError(f"a backend died (pid {min(missing)}); {self._tail()}")
-                meanwhile()
+                if meanwhile():
+                    return
                 time.sleep(0.2)
             try:
                 self.check()
@@ -509,8 +529,11 @@ def _choose_ports(wanted: dict[str, int | None]) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[None]:
+def stop_signals(renew: Callable[[], None] | None = None) -> Iterator[None]:
     """Turn SIGTERM and SIGHUP into KeyboardInterrupt for a block, so that `with Server(...)` cleans up.
+
+    Args:
+        renew: called for SIGHUP instead.
 
     Raises:
         InputError: called outside the main thread, where Python handles no signals.
@@ -519,10 +542,15 @@ def stop_signals() -> Iterator[None]:
         raise InputError("stop_signals: signals can be handled in the main thread only")
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if renew is not None and number == signal.SIGHUP:
+            renew()
+            return
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    # A signal that is ignored from the start stays so: nohup means it.
+    # A signal that is ignored from the start stays so: nohup means it, of hanging up and not of renewing.
     wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    if renew is not None and signal.SIGHUP not in wanted:
+        wanted.append(signal.SIGHUP)
     old = {number: signal.signal(number, interrupt) for number in wanted}
     try:
         yield
