@@ -518,11 +518,13 @@ def _layers(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def _shortcuts(proto: onnx.ModelProto) -> set[str]:
-    """The 1 x 1 convolutions whose input another convolution reads too."""
-    layers = _layers(proto)
+    """The 1 x 1 convolutions that step over pixels: nothing but a shortcut does."""
     points = {tensor.name for tensor in proto.graph.initializer if tuple(tensor.dims[2:]) == (1, 1)}
-    readers = Counter(node.input[0] for node in layers)
-    return {node.input[1] for node in layers if readers[node.input[0]] > 1 and node.input[1] in points}
+    return {
+        node.input[1]
+        for node in _layers(proto)
+        if node.input[1] in points and any(max(a.ints) > 1 for a in node.attribute if a.name == "strides")
+    }
 
 
 def _embedding(order: list[onnx.NodeProto], layers: list[onnx.NodeProto]) -> int:
