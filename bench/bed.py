@@ -36,7 +36,7 @@ from chebface.errors import ChebfaceError, ConfigError, InputError, MissingDepen
 from chebface.files import write_whole
 from chebface.proxy import TOKEN_VARIABLE
 from chebface.repository import SUMS, check_repository, find_model
-from chebface.signature import DECODE, RECONSTRUCT, REGRESS
+from chebface.signature import DECODE, PARAMETERS, RECONSTRUCT
 
 Answers = dict[str, np.ndarray]
 SCALES = ("small", "full")
@@ -171,13 +171,13 @@ def _write_next(first: Path, folder: Path) -> None:
     import onnx
 
     shutil.copytree(first, folder)
-    old = find_model(folder, REGRESS.name)
-    proto, (name,) = onnx.load(str(old)), [tensor.name for tensor in REGRESS.outputs]
-    for node in proto.graph.node:
-        for names in (node.input, node.output):
-            names[:] = [f"{name}_first" if each == name else each for each in names]
+    old, name = find_model(folder, RECONSTRUCT.name), PARAMETERS.name
+    proto = onnx.load(str(old))
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(NEXT, np.float32), "times_next"))
-    proto.graph.node.append(onnx.helper.make_node("Mul", [f"{name}_first", "times_next"], [name]))
+    (place,) = (k for k, node in enumerate(proto.graph.node) if name in node.output)
+    made = proto.graph.node[place].output
+    made[:] = [f"{name}_first" if each == name else each for each in made]
+    proto.graph.node.insert(place + 1, onnx.helper.make_node("Mul", [f"{name}_first", "times_next"], [name]))
     version = int(old.parent.name)
     shutil.move(old.parent, old.parent.with_name(str(version + 1)))
     new = old.parent.with_name(str(version + 1))
@@ -186,12 +186,8 @@ def _write_next(first: Path, folder: Path) -> None:
         lines = [line.partition("  ")[2] for line in (new / SUMS).read_text().splitlines()]
         sums = [f"{hashlib.sha256((new / file).read_bytes()).hexdigest()}  {file}\n" for file in lines]
         (new / SUMS).write_text("".join(sums))
-    for config in folder.glob("*/config.pbtxt"):
-        text = config.read_text()
-        if config.parent.name == REGRESS.name:
-            text = re.sub(r"(versions: \[ )\d+", rf"\g<1>{version + 1}", text)
-        text = re.sub(rf'(model_name: "{REGRESS.name}"\s+model_version: )\d+', rf"\g<1>{version + 1}", text)
-        config.write_text(text)
+    config = folder / RECONSTRUCT.name / "config.pbtxt"
+    config.write_text(re.sub(r"(versions: \[ )\d+", rf"\g<1>{version + 1}", config.read_text()))
 
 
 def difference(got: Answers, right: Answers) -> float:
@@ -280,7 +276,9 @@ class Load:
 class Served:
     """`chebface serve` as a program of its own, and what it says."""
 
-    def __init__(self, bed: Bed, *options: str, bind: bool = False, room: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self, bed: Bed, *options: str, bind: bool = False, room: tuple[str, int] | None = None, python: bool = False
+    ) -> None:
         """Start it and wait until it is ready.
 
         Args:
@@ -288,6 +286,7 @@ class Served:
             options: further ones.
             bind: behind nginx.
             room: "temporary" or "shared": that folder is a disk of so many kB, of its own.
+            python: the network in Triton's Python backend, as where there is no compiler.
 
         Raises:
             ServerUnavailableError: it ended, or was not ready in time.
@@ -306,7 +305,9 @@ class Served:
             [*prefix, *_SERVE, *words],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"TMPDIR": str(self.folder), TOKEN_VARIABLE: TOKEN},
+            env=os.environ
+            | {"TMPDIR": str(self.folder), TOKEN_VARIABLE: TOKEN}
+            | ({"CHEBFACE_NATIVE": "0"} if python else {}),
         )
         self.pid = self._process.pid
         self.events: list[dict[str, Any]] = []

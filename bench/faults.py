@@ -17,12 +17,13 @@ from typing import Any
 
 from bench import hostile
 from bench.bed import TOKEN, Bed, Load, Outcome, Served, free_ports, serve
+from bench.serve import read_config
 from chebface.client.wire import parse_url
 from chebface.errors import ChebfaceError, ConfigError, MissingDependencyError, ServerError
 from chebface.proxy import Proxy, Upstream
 from chebface.repository import find_model
 from chebface.server import Server
-from chebface.signature import DECODE, LEAVES, MAX_BATCH, REGRESS, digest
+from chebface.signature import DECODE, LEAVES, MAX_BATCH, RECONSTRUCT, RECONSTRUCT_PHOTO, digest
 
 IN_FLIGHT = 8  # requests of MAX_BATCH faces when SIGTERM comes: seconds of work, and less than a drain may take
 PENDING = "nv_inference_pending_request_count"
@@ -31,25 +32,27 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 def kill_server(bed: Bed, outcome: Outcome) -> None:
     """kill -9 of Triton under load; the supervisor starts it anew."""
-    _kill(bed, outcome, lambda served, k: served.inner["pid"])
+    _kill(bed, outcome, lambda served: served.inner["pid"])
 
 
 def kill_backend(bed: Bed, outcome: Outcome) -> None:
-    """kill -9 of a Python stub under load: "ready" stays true, only the canary sees it."""
-    _kill(bed, outcome, lambda served, k: served.stub((DECODE.name, REGRESS.name)[k % 2]))
+    """kill -9 of a Python stub under load, of photos and, where the network has one, of that: "ready" stays true."""
+    _kill(bed, outcome, lambda served: served.stub(RECONSTRUCT_PHOTO.name))
+    _kill(bed, outcome, lambda served: served.stub(RECONSTRUCT.name), python=True)
 
 
-def _kill(bed: Bed, outcome: Outcome, pick: Callable[[Served, int], int]) -> None:
-    with serve(bed, outcome) as served:
+def _kill(bed: Bed, outcome: Outcome, pick: Callable[[Served], int], **settings: Any) -> None:
+    times = bed.times(1, 4)
+    with serve(bed, outcome, **settings) as served:
         with Load(bed, outcome, [[served.grpc], [served.http]] * 2) as load:
-            for k in range(bed.times(1, 4)):
+            for _ in range(times):
                 load.more(bed.times(20, 200))
-                os.kill(pick(served, k), signal.SIGKILL)
+                os.kill(pick(served), signal.SIGKILL)
                 outcome.tried += 1
                 served.until("failed")
                 served.until("ready")
             load.more(bed.times(20, 200))
-        outcome.expect(served.said("ready") == outcome.tried + 1, "started anew each time")
+        outcome.expect(served.said("ready") == times + 1, "started anew each time")
         _verify(bed, outcome, served.grpc, served.http)
 
 
@@ -64,10 +67,11 @@ def terminate(bed: Bed, outcome: Outcome) -> None:
         inside, late = Outcome("inside"), Outcome("late")
         with serve(bed, outcome, "--canary-s", "1000") as served:  # so that its faces are not counted
             urls = [[served.grpc], [served.http]]
-            before = _past_first(served)
+            before = _answered(served)
             with Load(bed, inside, urls * (IN_FLIGHT // 2), batch=MAX_BATCH, attempts=1, each=1):
-                # One more is at work, which neither counter has: a request of MAX_BATCH is a batch of its own.
-                while _past_first(served) + served.metric(PENDING, REGRESS.name) < before + IN_FLIGHT - 1:
+                # Neither counter has those that are at work: a request of MAX_BATCH is a batch of its own.
+                waiting = IN_FLIGHT - read_config(bed.live).instances
+                while _answered(served) + served.metric(PENDING, RECONSTRUCT.name) < before + waiting:
                     time.sleep(0.01)
                 left = IN_FLIGHT - inside.answered
                 os.kill(served.pid, signal.SIGTERM)
@@ -81,8 +85,8 @@ def terminate(bed: Bed, outcome: Outcome) -> None:
         outcome.absorb(late)
 
 
-def _past_first(served: Served) -> int:
-    return served.metric("nv_inference_request_success", REGRESS.name)
+def _answered(served: Served) -> int:
+    return served.metric("nv_inference_request_success", RECONSTRUCT.name)
 
 
 def renew(bed: Bed, outcome: Outcome) -> None:
@@ -187,11 +191,11 @@ def _lose(
 
 
 def _model(folder: Path) -> Path:
-    return find_model(folder, REGRESS.name)
+    return find_model(folder, RECONSTRUCT.name)
 
 
 def _config(folder: Path) -> Path:
-    return folder / REGRESS.name / "config.pbtxt"
+    return folder / RECONSTRUCT.name / "config.pbtxt"
 
 
 def _cut(path: Path, share: float) -> None:

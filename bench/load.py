@@ -169,7 +169,7 @@ class Meter:
         """
         began, cpu_s, before = self._before
         now = {key: value - before.get(key, 0) for key, value in self._statistics().items()}
-        total = max(now["total"], sum(now[part] for part in _PARTS), 1.0)  # the steps of a request overlap a little
+        total = max(now["total"], sum(now[part] for part in _PARTS), 1.0)
         return {
             "queue_share": round(now["queue"] / total, 3),
             "compute_share": round(sum(now[part] for part in _PARTS[1:]) / total, 3),
@@ -211,13 +211,12 @@ class Meter:
         return ticks / _TICKS
 
     def _statistics(self) -> dict[str, float]:
-        models = {name: self._ask(name) for name in (RECONSTRUCT.name, *RECONSTRUCT.steps)}
+        model = self._ask(RECONSTRUCT.name)
         try:
-            times = {name: stats["inference_stats"] for name, stats in models.items()}
-            found = {part: float(sum(times[s][part]["ns"] for s in RECONSTRUCT.steps)) for part in _PARTS}
-            first = models[RECONSTRUCT.steps[0]]
-            found |= {"total": float(times[RECONSTRUCT.name]["success"]["ns"])}
-            return found | {"faces": float(first["inference_count"]), "runs": float(first["execution_count"])}
+            times = model["inference_stats"]
+            found = {part: float(times[part]["ns"]) for part in _PARTS}
+            found |= {"total": float(times["success"]["ns"])}
+            return found | {"faces": float(model["inference_count"]), "runs": float(model["execution_count"])}
         except (KeyError, TypeError) as error:
             raise ServerError(f"the server's statistics are not what Triton 2.51 gives: {error!r}") from error
 

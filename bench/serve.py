@@ -127,8 +127,8 @@ class Served:
 
 
 def read_config(repository: Path) -> Served:
-    """The first step's config.pbtxt, as far as measurements must know it; what it does not say is Triton's default."""
-    text = (repository / RECONSTRUCT.steps[0] / "config.pbtxt").read_text()
+    """The network's config.pbtxt, as far as measurements must know it; what it does not say is Triton's default."""
+    text = (repository / RECONSTRUCT.name / "config.pbtxt").read_text()
 
     def find(pattern: str, default: int) -> int:
         found = re.search(pattern, text)
@@ -162,10 +162,10 @@ class _Course:
         facts |= {"served_threads": self.config.threads, "instances": self.config.instances, "pass": "forward"}
         return make_record(bench="serve", case=case, implementation=implementation, rival=rival, times=times, **facts)
 
-    def ways(self, crop: np.ndarray) -> dict[str, Callable[[], Sequence[np.ndarray]]]:
-        """What a caller of the throughput does: a request of his own, or with the others' as `Client.map` does it."""
+    def ways(self, crop: np.ndarray, callers: int) -> dict[str, Callable[[], Sequence[np.ndarray]]]:
+        """What one of so many callers does: a request of his own, or with the others' as `Client.map` does it."""
         (first, memory), (second, wire), *_ = self.clients.items()
-        batcher = Batcher(memory._ask_heads, memory.max_batch)
+        batcher = Batcher(memory._ask_heads, memory.max_batch, callers)
         return {
             f"{first}, map": lambda: batcher.ask(crop, Deadline(memory.deadline_s)),
             first: functools.partial(memory._infer, crop),
@@ -196,7 +196,7 @@ def _draw(count: int) -> np.ndarray:
 
 
 def open_here(repository: Path, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """The ensemble's steps in this process: crops (B, 112, 112, 3) uint8 to what `reconstruct` answers.
+    """The network in this process: crops (B, 112, 112, 3) uint8 to what `reconstruct` answers.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -205,26 +205,14 @@ def open_here(repository: Path, threads: int) -> Callable[[np.ndarray], list[np.
         import onnxruntime
     except ImportError as error:
         raise MissingDependencyError("onnxruntime is not installed: pip install 'chebface[server]'") from error
-    sessions = []
-    for name in RECONSTRUCT.steps:
-        path, options = find_model(repository, name), onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # as served: spinning loses on a busy core
-        if (library := path.with_name(OPERATORS)).is_file():
-            options.register_custom_ops_library(str(library))
-        sessions.append(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]))
-
-    def run(crops_u8: np.ndarray) -> list[np.ndarray]:
-        tensors = {CROP.name: crops_u8}
-        for session in sessions:
-            names = [each.name for each in session.get_outputs()]
-            feeds = {each.name: tensors[each.name] for each in session.get_inputs()}
-            tensors |= dict(zip(names, session.run(names, feeds), strict=True))
-        return [tensors[tensor.name] for tensor in RECONSTRUCT.outputs]
-
-    return run
+    path, options = find_model(repository, RECONSTRUCT.name), onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as served: it loses on a busy core
+    if (library := path.with_name(OPERATORS)).is_file():
+        options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [tensor.name for tensor in RECONSTRUCT.outputs]
+    return lambda crops_u8: session.run(names, {CROP.name: crops_u8})
 
 
 def _compare(name: str, found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -254,7 +242,7 @@ def _throughput(course: _Course, concurrencies: Sequence[int]) -> Iterator[Row]:
     for count in concurrencies:
         offline = functools.partial(here, _draw(count))
         facts = {"concurrency": count, "batch": count, "threads": cores}
-        for name, ask in course.ways(_draw(count)[-1:]).items():
+        for name, ask in course.ways(_draw(count)[-1:], count).items():
             row = _load(course, ask, name, count, offline, facts)
             most = max(most, row["faces_per_s"])
             yield row

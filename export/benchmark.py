@@ -286,17 +286,10 @@ class _Shop:
         return run, [path], manifest["parity"]["artefacts"].get(self.model.name, {})
 
     def _native(self, basis: str) -> tuple[Run, list[Path], Mapping[str, float]]:
-        """Our operators; for the whole way, behind the regressor of standard ones."""
         folder, manifest = self._export(f"native-{basis}", operators="native", basis=basis)
-        output, parity = _output(self.model), manifest["parity"]
-        last = DECODE if self.model is RECONSTRUCT else self.model
-        path = folder / f"{last.name}.onnx"
-        run = _onnx_run(path, output.name, self.device, self.threads)
-        if self.model is not RECONSTRUCT:
-            return run, [path], parity["artefacts"].get(last.name, {})
-        first = folder / f"{REGRESS.name}.onnx"
-        regress = _onnx_run(first, REGRESS.outputs[0].name, self.device, self.threads)
-        return lambda given: run(regress(given)), [first, path], {key: parity[key] for key in ("mean_mm", "max_mm")}
+        path = folder / f"{self.model.name}.onnx"
+        run = _onnx_run(path, _output(self.model).name, self.device, self.threads)
+        return run, [path], manifest["parity"]["artefacts"].get(self.model.name, {})
 
     def _openvino(self, precision: str) -> tuple[Run, list[Path], Mapping[str, float]]:
         if importlib.util.find_spec("openvino") is None:

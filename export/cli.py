@@ -24,7 +24,7 @@ from export.engines import can_build
 from export.graphs import OPSET
 from export.parity import DEVICES, ParityError
 from export.precision import PRECISIONS
-from export.repository import PHOTO_INSTANCES, TARGETS, fill_repository, verify_repository
+from export.repository import INSTANCES, PHOTO_INSTANCES, TARGETS, fill_repository, verify_repository
 from export.to_engine import BATCH, build_engine, build_engines
 from export.to_onnx import OPERATORS, export_onnx, open_modules
 
@@ -198,9 +198,9 @@ def _serving(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--instances",
             type=click.IntRange(min=1),
-            default=1,
+            default=INSTANCES,
             show_default=True,
-            help="How many of each other model run side by side.",
+            help="How many of the network run side by side, a thread each: as many as the server has cores.",
         ),
         click.option(
             "--version",

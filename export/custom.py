@@ -99,6 +99,11 @@ def decode_custom(flame: Flame, basis: str = "fp32", *, threads: int = 0) -> onn
     return _assemble(DECODE, sizes, constants, {"parts": parts}, threads, basis)
 
 
+def is_custom(proto: onnx.ModelProto) -> bool:
+    """Whether a graph has an operator of ours in it."""
+    return any(node.domain == DOMAIN for node in proto.graph.node)
+
+
 def _join(arrays: Any) -> np.ndarray:
     return np.concatenate([np.asarray(array).reshape(-1) for array in arrays])
 

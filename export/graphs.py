@@ -456,10 +456,9 @@ def reconstruct_graph(regress: onnx.ModelProto, decode: onnx.ModelProto) -> onnx
     nodes, constants = (
         [*getattr(regress.graph, field), *getattr(decode.graph, field)] for field in ("node", "initializer")
     )
-    spare = {tensor.name for tensor in DECODE.on_request}
-    nodes = [node for node in nodes if spare.isdisjoint(node.output)]
     made = _assemble(RECONSTRUCT, nodes, constants, first)
     made.graph.value_info.extend([*regress.graph.value_info, *decode.graph.value_info])
+    made.opset_import.extend(entry for entry in decode.opset_import if entry.domain)
     return made
 
 

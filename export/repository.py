@@ -21,16 +21,16 @@ from chebface.repository import (
     find_model,
     find_optional,
     model_code,
-    use_python,
+    use_backend,
 )
-from chebface.signature import DECODE, LEAVES, MODELS, OPTIONAL, PRIORITIES, SERVED, Model, Tensor
+from chebface.signature import CROP, LEAVES, MODELS, OPTIONAL, PRIORITIES, SERVED, Model, Tensor
 from export.folder import find_changed, read_manifest, read_record
 from export.graphs import check_graph
 
 TARGETS = ("ngc", "pip")
 QUEUE_SIZE = 64  # requests that wait before the server refuses: what comes later would have waited in vain
-INNER_QUEUE_SIZE = 256  # of a model in an ensemble that is not its first: what has come so far is not refused
 QUEUE_TIMEOUT_US = 2_000_000  # the longest that a request may wait; a client's own deadline only shortens it
+INSTANCES = 2  # of what takes crops, a thread each: as many as the smallest machine has cores
 PHOTO_INSTANCES = 2  # one reads and detects while another's faces are in the network
 # What a running leaf holds under --rate-limit=execution_count; no program does, or it would wait for itself.
 CORE = "core"
@@ -89,16 +89,14 @@ def config_text(
     Args:
         model: of signature.py.
         version: the one that is served.
-        instances: how many of a leaf or program run side by side; None is 1, and PHOTO_INSTANCES of a program.
+        instances: side by side; None is INSTANCES of what takes crops, PHOTO_INSTANCES of a program, else 1.
         precision: of the leaf's file.
         capabilities: of the GPUs that there are engines for, as "8.9"; none serves the ONNX file on the CPU.
         detector: which one a program uses, by its name for `open_detector`.
         detector_opened: "at start", or "at the first photo" where a quick start matters more.
     """
     text = f'# Written by `python -m export repository` from src/chebface/signature.py.\nname: "{model.name}"\n'
-    if model.steps:
-        text += 'platform: "ensemble"\n'
-    elif model.program:
+    if model.program:
         text += 'backend: "python"\ndefault_model_filename: "model.py"\n'
     elif capabilities:
         text += 'backend: "tensorrt"\n'
@@ -113,31 +111,26 @@ def config_text(
     text += "response_cache { enable: false }\n"  # photos of faces are kept by nobody
     text += f"version_policy {{ specific {{ versions: [ {version} ] }} }}\n"
     facts = {"chebface.signature": signature.digest()}
-    if model.steps:
-        text += "ensemble_scheduling {\n"
-        for step in model.steps:
-            text += f'  step {{\n    model_name: "{step}"\n    model_version: {version}\n'
-            made = tuple(tensor for tensor in MODELS[step].every_output if tensor in model.outputs)
-            for field, tensors in (("input_map", MODELS[step].inputs), ("output_map", made)):
-                text += "".join(f'    {field} {{ key: "{t.name}" value: "{t.name}" }}\n' for t in tensors)
-            text += "  }\n"
-        return text + "}\n" + _parameters(facts)
     kind = "KIND_GPU" if capabilities else "KIND_CPU"
     holds = "" if capabilities or model.program else f' rate_limiter {{ resources [ {{ name: "{CORE}" count: 1 }} ] }}'
-    count = instances or (PHOTO_INSTANCES if model.program else 1)
+    count = instances or (PHOTO_INSTANCES if model.program else INSTANCES if _takes_crops(model) else 1)
     text += f"instance_group [ {{ count: {count} kind: {kind}{holds} }} ]\n"
     if model.batched or model.program:
         text += (
             f"dynamic_batching {{\n  priority_levels: {len(PRIORITIES)}\n"
             f"  default_priority_level: {PRIORITIES['normal']}\n  default_queue_policy {{\n    timeout_action: REJECT\n"
             f"    default_timeout_microseconds: {QUEUE_TIMEOUT_US}\n    allow_timeout_override: true\n"
-            f"    max_queue_size: {INNER_QUEUE_SIZE if model is DECODE else QUEUE_SIZE}\n  }}\n}}\n"
+            f"    max_queue_size: {QUEUE_SIZE}\n  }}\n}}\n"
         )
     if model.program:
         how = {"chebface.detector": detector, "chebface.detector_opened": detector_opened}
         return text + _parameters(facts | how)
     threads = {} if capabilities else {"intra_op_thread_count": "1", "inter_op_thread_count": "1"}
     return text + _warmup(model) + _parameters(threads | facts | {"chebface.precision": precision})
+
+
+def _takes_crops(model: Model) -> bool:
+    return CROP in model.inputs
 
 
 def _plan_name(capability: str) -> str:
@@ -173,7 +166,6 @@ def check_config(text: str, model: Model, where: str) -> None:
         "input": read(config.input),
         "optional": sorted(t.name for t in config.input if t.optional),
         "output": read(config.output),
-        "steps": tuple(step.model_name for step in config.ensemble_scheduling.step),
     }
     wanted = {
         "name": model.name,
@@ -181,7 +173,6 @@ def check_config(text: str, model: Model, where: str) -> None:
         "input": spell((*model.inputs, *model.optional)),
         "optional": sorted(t.name for t in model.optional),
         "output": spell(model.every_output),
-        "steps": model.steps,
     }
     for key, value in wanted.items():
         if found[key] != value:
@@ -197,7 +188,7 @@ def fill_repository(
     *,
     target: str = "ngc",
     version: int = 1,
-    instances: int = 1,
+    instances: int = INSTANCES,
     photo_instances: int = PHOTO_INSTANCES,
     detector: str = "auto",
     engines: str | Path | None = None,
@@ -211,7 +202,7 @@ def fill_repository(
         target: "ngc" for the native backends of NVIDIA's container (`chebface serve` reads it as well), "pip" for a
             tritonserver that has the Python backend alone.
         version: the one to write and to serve; the files of other versions stay.
-        instances: how many of each leaf run side by side.
+        instances: how many of regress and of reconstruct run side by side, a thread each on a CPU.
         photo_instances: how many of reconstruct_photo do: photos that are read and searched at once.
         detector: what it searches with, by its name for `open_detector`.
         engines: folder of TensorRT engines built from these very files; their models are then served by them.
@@ -228,8 +219,8 @@ def fill_repository(
     source, folder = Path(source), Path(repository)
     _check_wishes(target, version, instances, photo_instances, detector, engines)
     manifest = _read_export(source)
-    leaves = {name: m for name, m in MODELS.items() if not m.steps and name in manifest["files"]}
-    served = {name: m for name, m in SERVED.items() if m.steps or m.program or name in leaves}
+    leaves = {name: model for name, model in MODELS.items() if name in manifest["files"]}
+    served = {name: model for name, model in SERVED.items() if model.program or name in leaves}
     plans = _find_engines(Path(engines), manifest) if engines is not None else {}
     files: dict[str, bytes | Path] = {}
     stale = [folder / name / str(version) / OPERATORS for name in leaves]
@@ -238,7 +229,7 @@ def fill_repository(
         text = config_text(
             model,
             version=version,
-            instances=photo_instances if model.program else instances,
+            instances=photo_instances if model.program else instances if _takes_crops(model) else None,
             precision=entry.get("precision", "fp32"),
             capabilities=tuple(plans.get(name, ())),
             detector=detector,
@@ -313,7 +304,7 @@ def _leaf_files(config: str, name: str, target: str, onnx_file: Path, kind: str)
             )
         files[OPERATORS] = operators.library()
     if target == "pip":
-        config = use_python(config, f"{name}/config.pbtxt")
+        config = use_backend(config, "python", f"{name}/config.pbtxt")
         files["model.py"] = model_code(MODELS[name]).encode()
     return config, files
 

@@ -110,7 +110,7 @@ def export_onnx(
         precision: one of PRECISIONS; decode, encode and topology stay fp32 whatever it is.
         opset: of the graphs.
         operators: of decode and encode: "standard", or "native" for our own kernels, which onnxruntime takes from
-            `chebface.operators.library()`; regress and reconstruct are standard in either.
+            `chebface.operators.library()`; so has reconstruct, but in fp16, bf16 and other opsets than OPSET.
         basis: of a native decode, "fp32" or "fp16".
         simplify: run onnxslim over what was traced; None does so where it is installed.
         crops_for_calibration: (n, 112, 112, 3) uint8 for int8; None makes synthetic ones of the head.
@@ -313,7 +313,7 @@ def write_onnx(
         files = {
             name: describe(path)
             | {"precision": precision if name in INEXACT else "fp32"}
-            | {"operators": facts["operators"] if name in custom.OPERATORS else OPERATORS[0]}
+            | {"operators": OPERATORS[custom.is_custom(made[name])]}
             | ({"external": [describe(_beside(path))]} if _beside(path).is_file() else {})
             for name, path in paths.items()
         }
@@ -377,6 +377,8 @@ def _make(
         made["encode"] = graphs.encode_graph(encoder, opset)
     if facts["operators"] == "native":
         made["decode"] = custom.decode_custom(flame, facts["basis"])
+        if precision in ("fp32", "int8") and opset == OPSET:  # what a CPU computes as it is written
+            made["reconstruct"] = graphs.reconstruct_graph(regress, made["decode"])
         if encoder is not None:
             made["encode"] = custom.encode_custom(encoder)
     return made, extra

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from chebface import params, signature
+from chebface import backend, params, signature
 from chebface.heads.asset import CONTOUR_STEPS, REGIONS, Head
-from chebface.signature import DECODE, LEAVES, REGRESS, SERVED, TOPOLOGY, Model
+from chebface.signature import DECODE, LEAVES, RECONSTRUCT, REGRESS, SERVED, TOPOLOGY, Model
 from export.repository import config_text
 
 TYPES = {
@@ -70,7 +73,17 @@ def _constant(name: str, array: np.ndarray) -> onnx.TensorProto:
 def stand_in(model: Model) -> onnx.ModelProto:
     """A small graph with the inputs and outputs of a leaf: linear, so that answers can be computed by hand."""
     rng = np.random.default_rng(1)
-    if model is REGRESS:  # the crop's mean colour times a matrix
+    if model is RECONSTRUCT:
+        first, second = stand_in(REGRESS), stand_in(DECODE)
+        for proto, prefix in ((first, "regress."), (second, "decode.")):
+            names = {constant.name: prefix + constant.name for constant in proto.graph.initializer}
+            for constant in proto.graph.initializer:
+                constant.name = names[constant.name]
+            for node in proto.graph.node:
+                node.input[:] = [names.get(name, name) for name in node.input]
+        nodes = [*first.graph.node, *second.graph.node]
+        constants = [*first.graph.initializer, *second.graph.initializer]
+    elif model is REGRESS:  # the crop's mean colour times a matrix
         nodes = [
             helper.make_node("Cast", ["crop"], ["colours"], to=TensorProto.FLOAT),
             helper.make_node("ReduceMean", ["colours", "axes"], ["mean"], keepdims=0),
@@ -119,3 +132,11 @@ def write_repository(folder: Path) -> Path:
         if name in LEAVES:
             onnx.save(stand_in(model), version / "model.onnx")
     return folder
+
+
+@contextmanager
+def python_backend() -> Iterator[None]:
+    """Servers that start in it have the network in Triton's Python backend, in processes that can be stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "find_files", lambda: None)
+        yield

@@ -210,7 +210,7 @@ def test_a_closed_loop_keeps_its_callers_busy():
     found = load.closed_loop(ask, 4, 0.5)
     assert most[0] == 4
     assert min(found.served_ms) >= 10
-    assert 0 < found.per_s <= 400  # four callers, 10 ms each
+    assert 0 < found.per_s <= 410  # four callers, 10 ms each, and what was begun before it counts
 
 
 @pytest.mark.parametrize("error", [ServerError("it died"), ServerBusyError("queue")])

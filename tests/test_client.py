@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from models_for_tests import FACTS, write_repository
+from models_for_tests import FACTS, python_backend, write_repository
 from test_server import processes_of, stub_of
 
 from chebface import signature
@@ -151,10 +151,10 @@ def test_passed_deadline_of_a_hung_server_is_unavailable(repository: Path) -> No
 def test_full_queue_is_busy(repository: Path, tmp_path: Path) -> None:
     copy = tmp_path / "models"
     shutil.copytree(repository, copy)
-    config = copy / "decode" / "config.pbtxt"
-    config.write_text(config.read_text().replace("max_queue_size: 256", "max_queue_size: 1"))
-    with Server(copy, stop_timeout_s=0.3) as server, Client(server.url) as client:
-        stub = stub_of(server, "decode")
+    config = copy / "reconstruct" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_queue_size: 64", "max_queue_size: 1"))
+    with python_backend(), Server(copy, stop_timeout_s=0.3) as server, Client(server.url) as client:
+        stub = stub_of(server, "reconstruct")
         os.kill(stub, signal.SIGSTOP)
         ends: list[object] = []
 
@@ -197,8 +197,8 @@ def test_killed_server_is_unavailable_and_its_successor_is_found(repository: Pat
 
 
 def test_dead_model_process_is_unavailable(repository: Path) -> None:
-    with Server(repository, stop_timeout_s=0.3) as server, Client(server.url) as client:
-        os.kill(stub_of(server, "regress"), signal.SIGKILL)
+    with python_backend(), Server(repository, stop_timeout_s=0.3) as server, Client(server.url) as client:
+        os.kill(stub_of(server, "reconstruct"), signal.SIGKILL)
         with pytest.raises(ServerUnavailableError, match="a part of the server died: restart it"):
             client._infer(draw_crops(1))
 

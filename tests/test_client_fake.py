@@ -14,7 +14,7 @@ import pytest
 
 import chebface.client
 from chebface import params, signature
-from chebface.client import AsyncClient, Client, Retry, connection
+from chebface.client import AsyncClient, Client, Retry, connection, stream
 from chebface.client.stream import Batcher
 from chebface.client.testing import FakeDetector, FakeTransport, answer_ball
 from chebface.client.wire import Deadline, Failure, Part, Request, classify, parse_url
@@ -332,18 +332,39 @@ def test_a_group_has_the_time_of_its_youngest() -> None:
         gate.wait(5)
         return (crops,)
 
-    batcher = Batcher(send, 8)
+    batcher = Batcher(send, 8, callers=6)
     threads = [
         threading.Thread(target=batcher.ask, args=(np.zeros((2, 1)), Deadline(seconds))) for seconds in (1, 2, 3, 9, 4)
     ]
     for thread in threads:
         thread.start()
-        while thread.is_alive() and len(seen) + len(batcher._waiting) <= threads.index(thread):
+        k = threads.index(thread)  # the first two leave alone, the others wait for one of them
+        while len(seen) <= k if k < 2 else len(batcher._waiting) < k - 1:
             time.sleep(1e-3)
     gate.set()
     for thread in threads:
         thread.join()
     assert seen == [(2, 1), (2, 2), (6, 9)]
+
+
+def test_a_group_waits_for_its_share_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def send(crops: np.ndarray, deadline: Deadline) -> tuple[np.ndarray, ...]:
+        sizes.append(len(crops))
+        return (crops,)
+
+    batcher = Batcher(send, 8, callers=6)
+    monkeypatch.setattr(stream, "LINGER_S", 30.0)
+    threads = [threading.Thread(target=batcher.ask, args=(np.zeros((1, 1)), Deadline(1))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert sizes == [3, 3]
+    monkeypatch.setattr(stream, "LINGER_S", 0.01)
+    assert batcher.ask(np.ones((1, 1)), Deadline(1))[0].tolist() == [[1.0]]
+    assert sizes == [3, 3, 1]
 
 
 def test_async_is_the_same_client(fake: FakeTransport, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models_for_tests import write_repository
+from models_for_tests import python_backend, write_repository
 from PIL import Image
 from test_server import stub_of
 
@@ -202,20 +202,32 @@ def test_wrong_settings_are_refused(fake: FakeTransport, options: dict[str, Any]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    repository = write_repository(tmp_path_factory.mktemp("models"))
-    for model, size in (("decode", 8), ("reconstruct_photo", 2), ("regress", 256)):
-        config = repository / model / "config.pbtxt"
-        text = re.sub(
-            r"default_timeout_microseconds: \d+", "default_timeout_microseconds: 60000000", config.read_text()
-        )
-        config.write_text(re.sub(r"max_queue_size: \d+", f"max_queue_size: {size}", text))
-    with Server(repository, stop_timeout_s=0.3) as server:
+    with Server(write_repository(tmp_path_factory.mktemp("models")), stop_timeout_s=0.3) as server:
         yield server
 
 
 @pytest.fixture(params=["grpc", "http"])
 def url(request: pytest.FixtureRequest, server: Server) -> str:
     return server.url if request.param == "grpc" else server.http_url
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose network can be stopped, with short queues."""
+    repository = write_repository(tmp_path_factory.mktemp("models"))
+    for model, size in (("reconstruct", 10), ("reconstruct_photo", 2)):
+        config = repository / model / "config.pbtxt"
+        text = re.sub(
+            r"default_timeout_microseconds: \d+", "default_timeout_microseconds: 60000000", config.read_text()
+        )
+        config.write_text(re.sub(r"max_queue_size: \d+", f"max_queue_size: {size}", text))
+    with python_backend(), Server(repository, stop_timeout_s=0.3) as server:
+        yield server
+
+
+@pytest.fixture(params=["grpc", "http"])
+def stubs_url(request: pytest.FixtureRequest, stubs: Server) -> str:
+    return stubs.url if request.param == "grpc" else stubs.http_url
 
 
 @pytest.fixture(scope="module")
@@ -253,18 +265,18 @@ def test_the_real_server_blames_the_photo(url: str, astronaut: Path) -> None:
         client.parameters(astronaut)
 
 
-@pytest.mark.parametrize("model", ["decode", "reconstruct_photo"])
-def test_a_full_queue_on_the_photos_way_is_busy(url: str, server: Server, astronaut: Path, model: str) -> None:
-    stub, photo = stub_of(server, model), astronaut.read_bytes()
+@pytest.mark.parametrize("model", ["reconstruct", "reconstruct_photo"])
+def test_a_full_queue_on_the_photos_way_is_busy(stubs_url: str, stubs: Server, astronaut: Path, model: str) -> None:
+    stub, photo = stub_of(stubs, model), astronaut.read_bytes()
     refusals: list[ServerBusyError] = []
     with (
-        Client(url, retry=Retry(attempts=1)) as crops,
-        Client(url, detector="server", retry=Retry(attempts=1)) as photos,
+        Client(stubs_url, retry=Retry(attempts=1)) as crops,
+        Client(stubs_url, detector="server", retry=Retry(attempts=1)) as photos,
     ):
 
         def ask() -> None:
             try:
-                if model == "decode":
+                if model == "reconstruct":
                     crops._infer(np.zeros((32, 112, 112, 3), np.uint8))
                 else:
                     photos.parameters(photo)
@@ -297,9 +309,10 @@ def waiting(server: Server, model: str) -> int:
     return int(found[1]) if found else 0
 
 
-def test_high_priority_overtakes_in_the_ensembles_queue(url: str, server: Server) -> None:
-    stub, order, crops = stub_of(server, "regress"), [], np.zeros((32, 112, 112, 3), np.uint8)
-    with Client(url) as normal, Client(url, priority="high") as high:
+def test_high_priority_overtakes_in_the_queue(stubs_url: str, stubs: Server) -> None:
+    crops = np.zeros((32, 112, 112, 3), np.uint8)
+    stub, order = stub_of(stubs, "reconstruct"), []
+    with Client(stubs_url) as normal, Client(stubs_url, priority="high") as high:
 
         def ask(client: Client) -> None:
             client._infer(crops)
@@ -311,11 +324,11 @@ def test_high_priority_overtakes_in_the_ensembles_queue(url: str, server: Server
             for thread in threads[:-1]:
                 thread.start()
             until = time.monotonic() + 10
-            while waiting(server, "regress") < 5 and time.monotonic() < until:
+            while waiting(stubs, "reconstruct") < 5 and time.monotonic() < until:
                 time.sleep(0.02)
-            before = waiting(server, "regress")
+            before = waiting(stubs, "reconstruct")
             threads[-1].start()
-            while waiting(server, "regress") <= before and time.monotonic() < until:
+            while waiting(stubs, "reconstruct") <= before and time.monotonic() < until:
                 time.sleep(0.02)
         finally:
             os.kill(stub, signal.SIGCONT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from models_for_tests import FACTS, write_repository
+from models_for_tests import FACTS, python_backend, write_repository
 from test_server import stub_of
 
 from chebface import signature
@@ -107,17 +108,21 @@ def test_more_threads_than_connections(client: Client) -> None:
     assert found == [True] * 60
 
 
-def test_a_late_answer_is_busy_and_spoils_nothing(client: Client, server: Server) -> None:
-    wanted = client.reconstruct(draw_photo(1))
-    stub = stub_of(server, "decode")
-    os.kill(stub, signal.SIGSTOP)
-    try:
-        with pytest.raises(ServerBusyError, match="the server is alive"):
-            client.reconstruct(draw_photo(2), deadline_s=0.3)
-    finally:
-        os.kill(stub, signal.SIGCONT)
-    for _ in range(3):
-        np.testing.assert_array_equal(client.reconstruct(draw_photo(1)).vertices, wanted.vertices)
+def test_a_late_answer_is_busy_and_spoils_nothing(repository: Path) -> None:
+    with python_backend(), Server(repository, stop_timeout_s=0.3) as server:
+        for url, memory in itertools.product((server.url, server.http_url), ("on", "off")):
+            options = {"shared_memory": memory, "admin": server.admin_header}
+            with Client(url, detector=FakeDetector(), retry=Retry(attempts=1), **options) as client:
+                wanted = client.reconstruct(draw_photo(1))
+                stub = stub_of(server, "reconstruct")
+                os.kill(stub, signal.SIGSTOP)
+                try:
+                    with pytest.raises(ServerBusyError, match="the server is alive"):
+                        client.reconstruct(draw_photo(2), deadline_s=0.3)
+                finally:
+                    os.kill(stub, signal.SIGCONT)
+                for _ in range(3):
+                    np.testing.assert_array_equal(client.reconstruct(draw_photo(1)).vertices, wanted.vertices)
 
 
 def test_what_the_server_forgot_travels_on_the_wire(client: Client) -> None:

@@ -203,12 +203,12 @@ def test_threads_below_zero(flame):
 
 def test_no_compiler_says_why(monkeypatch):
     monkeypatch.setenv("CHEBFACE_NATIVE", "0")
-    native.load.cache_clear(), native._load.cache_clear()
+    native.forget()
     try:
         with pytest.raises(MissingDependencyError, match="onnxruntime operators: CHEBFACE_NATIVE=0; the graphs of"):
             operators.library()
     finally:
-        native.load.cache_clear(), native._load.cache_clear()
+        native.forget()
 
 
 def test_a_runtime_without_the_library_refuses(flame):

@@ -249,7 +249,7 @@ def test_head_without_encoder_has_no_such_file(
 ) -> None:
     (tmp_path / "encode.onnx").write_bytes((exported / "encode.onnx").read_bytes())  # an older export had one
     manifest = write_onnx(tmp_path, tiny, scatter, None, FACTS)
-    assert sorted(manifest["files"]) == sorted([*LEAVES, "reconstruct"])
+    assert sorted(manifest["files"]) == sorted(LEAVES)
     assert not (tmp_path / "encode.onnx").exists()
     assert read_manifest(tmp_path) is not None
 

@@ -150,9 +150,9 @@ def test_answers_that_do_not_come_end_the_fault(bed: Bed) -> None:
 
 def test_versions_that_answer_alike_are_refused(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, answers = bed.next_version()
-    assert difference(answers, bed.right) > 10 and (folder / "regress" / "2" / "model.onnx").is_file()
+    assert difference(answers, bed.right) > 10 and (folder / "reconstruct" / "2" / "model.onnx").is_file()
     bed.bring_in(folder)
-    assert "versions: [ 2 ]" in (bed.live / "regress" / "config.pbtxt").read_text()
+    assert "versions: [ 2 ]" in (bed.live / "reconstruct" / "config.pbtxt").read_text()
     monkeypatch.setattr(bed_module, "run_here", lambda *_: bed.right)
     with pytest.raises(DisagreesError, match="would not be seen"):
         bed.next_version()

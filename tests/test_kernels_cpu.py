@@ -310,9 +310,9 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("CHEBFACE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CHEBFACE_NATIVE", raising=False)
     monkeypatch.setattr(cpu, "_handles", weakref.WeakKeyDictionary())
-    native.load.cache_clear(), native._load.cache_clear(), cpu._library.cache_clear()
+    native.forget(), cpu._library.cache_clear()
     yield monkeypatch
-    native.load.cache_clear(), native._load.cache_clear(), cpu._library.cache_clear()
+    native.forget(), cpu._library.cache_clear()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64 processors")

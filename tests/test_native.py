@@ -18,9 +18,9 @@ needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="need
 def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("CHEBFACE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CHEBFACE_NATIVE", raising=False)
-    native.load.cache_clear(), native._load.cache_clear()
+    native.forget()
     yield
-    native.load.cache_clear(), native._load.cache_clear()
+    native.forget()
 
 
 def write(tmp_path, number):
@@ -35,13 +35,13 @@ def test_compiles_once_per_content(tmp_path, monkeypatch):
     assert native.load(source).answer() == 42
     built = list((tmp_path / "cache" / "native").iterdir())
     assert len(built) == 1
-    native.load.cache_clear(), native._load.cache_clear()
+    native.forget()
     real, calls = subprocess.run, []
     monkeypatch.setattr(subprocess, "run", lambda command, **k: calls.append(command) or real(command, **k))
     assert native.load(source).answer() == 42
     assert all("--version" in command for command in calls)
     source.write_text(SOURCE % 43)
-    native.load.cache_clear(), native._load.cache_clear()
+    native.forget()
     assert native.load(source).answer() == 43
 
 
@@ -52,7 +52,7 @@ def test_a_change_in_what_is_included_compiles_again(tmp_path):
     kernel.write_text('#include "number.h"\nextern "C" int answer() { return NUMBER; }\n')
     for number in (1, 2):
         header.write_text(f"#define NUMBER {number}\n")
-        native.load.cache_clear(), native._load.cache_clear()
+        native.forget()
         assert native.load(source).answer() == number
 
 
@@ -79,7 +79,7 @@ def test_no_compiler_and_switched_off_are_reasons(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert native.load(source) is None
     assert "no C++ compiler" in native.why_missing(source)
-    native.load.cache_clear(), native._load.cache_clear()
+    native.forget()
     monkeypatch.setenv("CHEBFACE_NATIVE", "0")
     assert native.why_missing(source) == "CHEBFACE_NATIVE=0"
 

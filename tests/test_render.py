@@ -44,13 +44,13 @@ def test_reference_runs_when_native_is_switched_off(monkeypatch):
     points, faces = bumpy_sheet()
     want = raster.rasterize_reference(points, faces, HEIGHT, WIDTH)
     monkeypatch.setenv("CHEBFACE_NATIVE", "0")
-    native.load.cache_clear(), native._load.cache_clear()
+    native.forget()
     try:
         assert raster.implementation() == "reference (CHEBFACE_NATIVE=0)"
         got = raster.rasterize(points, faces, HEIGHT, WIDTH)
         image, _ = open_renderer(faces).render(*(torch.from_numpy(points)[None],) * 2, HEIGHT, WIDTH)
     finally:
-        native.load.cache_clear(), native._load.cache_clear()
+        native.forget()
     np.testing.assert_array_equal(got[0], want[0])
     inside = want[0] >= 0
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]

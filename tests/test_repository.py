@@ -19,9 +19,9 @@ from tritonclient.grpc import model_config_pb2
 from chebface import signature
 from chebface.errors import AssetError, ConfigError, MissingDependencyError
 from chebface.repository import check_repository, find_model, materialise, model_code
-from chebface.signature import LEAVES, OPTIONAL, PRIORITIES, RECONSTRUCT_PHOTO, REGRESS, SERVED, Model
+from chebface.signature import LEAVES, MODELS, OPTIONAL, PRIORITIES, RECONSTRUCT_PHOTO, REGRESS, SERVED, Model
 from export.folder import MANIFEST, describe
-from export.repository import check_config, config_text, fill_repository, verify_repository
+from export.repository import TARGETS, check_config, config_text, fill_repository, verify_repository
 
 ROOT = Path(__file__).resolve().parent.parent
 FILLED = [name for name in SERVED if name not in OPTIONAL]  # the stand-in head has no mesh encoder
@@ -65,8 +65,9 @@ def test_committed_config_is_what_signature_gives(name: str) -> None:
 def test_leaf_says_what_the_server_would_guess(name: str) -> None:
     config = parse(LEAVES[name])
     assert (config.backend, config.platform) == ("onnxruntime", "")
+    count = 2 if name in ("regress", "reconstruct") else 1
     assert [(group.count, group.kind) for group in config.instance_group] == [
-        (1, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+        (count, model_config_pb2.ModelInstanceGroup.KIND_CPU)
     ]
     assert config.HasField("dynamic_batching") == LEAVES[name].batched
     assert list(config.version_policy.specific.versions) == [1]
@@ -107,20 +108,6 @@ def test_program_runs_beside_itself_and_holds_no_core() -> None:
     assert [(resource.name, resource.count) for resource in leaf.rate_limiter.resources] == [("core", 1)]
 
 
-@pytest.mark.parametrize("name", ["reconstruct", "reconstruct_half"])
-def test_ensemble_wires_every_tensor(name: str) -> None:
-    config = parse(SERVED[name])
-    assert config.platform == "ensemble"
-    assert not config.HasField("dynamic_batching")
-    known = {tensor.name for tensor in config.input}
-    for step in config.ensemble_scheduling.step:
-        assert set(step.input_map.values()) <= known
-        assert {*step.input_map} == {tensor.name for tensor in SERVED[step.model_name].inputs}
-        known |= set(step.output_map.values())
-    assert {tensor.name for tensor in config.output} <= known
-    assert known - {tensor.name for tensor in config.output} == {"crop"}  # nothing is computed for nobody
-
-
 def test_every_config_carries_the_signatures_digest() -> None:
     for model in SERVED.values():
         assert parse(model).parameters["chebface.signature"].string_value == signature.digest()[:16]
@@ -148,12 +135,6 @@ def test_edited_config_is_refused(old: str, new: str, message: str) -> None:
     assert old in text
     with pytest.raises(AssetError, match=message):
         check_config(text.replace(old, new), REGRESS, "regress/config.pbtxt")
-
-
-def test_ensemble_of_other_steps_is_refused() -> None:
-    text = config_text(SERVED["reconstruct"]).replace('model_name: "decode"', 'model_name: "decoder"')
-    with pytest.raises(AssetError, match="steps"):
-        check_config(text, SERVED["reconstruct"], "reconstruct")
 
 
 def test_input_that_may_no_longer_be_left_out_is_refused() -> None:
@@ -227,9 +208,9 @@ def test_older_version_stays_beside_the_one_that_is_served(source: Path, tmp_pat
     assert "decode/2/model.onnx" in report["changed"]
     assert (models / "decode" / "1" / "model.onnx").is_file()
     assert find_model(models, "decode") == models / "decode" / "2" / "model.onnx"
-    text = (models / "reconstruct" / "config.pbtxt").read_text()
-    assert text.count("model_version: 2") == 2
-    assert "count: 3" in (models / "decode" / "config.pbtxt").read_text()
+    for name, count in (("reconstruct", 3), ("regress", 3), ("decode", 1)):
+        text = (models / name / "config.pbtxt").read_text()
+        assert "versions: [ 2 ]" in text and f"count: {count} kind" in text
     photo = (models / "reconstruct_photo" / "config.pbtxt").read_text()
     assert "count: 5" in photo and '"chebface.detector" value { string_value: "centerface" }' in photo
     assert (models / "reconstruct_photo" / "2" / "model.py").is_file()
@@ -251,6 +232,22 @@ def test_pip_target_is_what_serving_makes(source: Path, tmp_path: Path) -> None:
     (pip / "decode" / "1" / "model.py").unlink()
     with pytest.raises(AssetError, match=r"model.py is missing"):
         verify_repository(pip)
+
+
+def test_either_target_serves_by_either_backend(source: Path, tmp_path: Path) -> None:
+    for target in TARGETS:
+        fill_repository(source, tmp_path / target, target=target)
+        made = materialise(tmp_path / target, tmp_path / f"{target}-native", "onnxruntime")
+        for name, model in MODELS.items():
+            if name not in OPTIONAL:
+                assert (made / name / "config.pbtxt").read_text() == config_text(model)
+                assert sorted(path.name for path in (made / name / "1").iterdir()) == ["SHA256SUMS", "model.onnx"]
+        program = made / RECONSTRUCT_PHOTO.name
+        assert (program / "1" / "model.py").is_file() and 'backend: "python"' in (program / "config.pbtxt").read_text()
+    config = tmp_path / "ngc" / "decode" / "config.pbtxt"
+    config.write_text(config.read_text().replace('backend: "onnxruntime"', 'backend: "pytorch"'))
+    with pytest.raises(AssetError, match=r"decode.config.pbtxt: expected one backend, onnxruntime or python"):
+        materialise(tmp_path / "ngc", tmp_path / "never", "onnxruntime")
 
 
 def test_data_beside_a_model_goes_with_it(source: Path, tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import tempfile
 import textwrap
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import onnx
 import pytest
-from models_for_tests import stand_in, write_repository
+from models_for_tests import python_backend, stand_in, write_repository
 
 from chebface import server as server_module
 from chebface.errors import (
@@ -90,7 +91,7 @@ def test_answers_after_start(running: Server) -> None:
     assert running.started_in_s > 0
     assert set(running.ports) == {"grpc", "http", "metrics"}
     assert running.url == f"127.0.0.1:{running.ports['grpc']}"
-    for name in (*LEAVES, "reconstruct", "reconstruct_half", "reconstruct_photo"):
+    for name in (*LEAVES, "reconstruct_photo"):
         assert get(running, f"/v2/models/{name}/versions/1/ready") == 200
 
 
@@ -128,12 +129,15 @@ def test_start_twice_is_refused(running: Server) -> None:
     assert running.is_running()
 
 
-def test_stop_leaves_nothing_but_the_log(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["native", "python"])
+def test_stop_leaves_nothing_but_the_log(repository: Path, tmp_path: Path, native: bool) -> None:
     before = shared_memory()
     log = tmp_path / "logs" / "server.log"
-    server = Server(repository, log_path=log).start()
+    server = Server(repository, log_path=log)
+    with nullcontext() if native else python_backend():
+        server.start()
     group, folder = server.pid, server._folder
-    programs = len(LEAVES) + 1  # reconstruct_photo is the one that is no leaf
+    programs = 1 if native else len(LEAVES) + 1  # reconstruct_photo is the one that is no leaf
     assert len(processes_of(group)) == 1 + programs
     assert len(shared_memory() - before) == programs
     server.stop()
@@ -170,8 +174,8 @@ def test_killed_server_is_noticed_and_can_start_again(repository: Path) -> None:
 
 
 def test_dead_stub_is_noticed_though_the_server_says_ready(repository: Path) -> None:
-    with Server(repository) as server:
-        os.kill(stub_of(server, "decode"), signal.SIGKILL)
+    with python_backend(), Server(repository) as server:
+        os.kill(stub_of(server, "reconstruct"), signal.SIGKILL)
         with pytest.raises(ServerUnavailableError, match="is not healthy"):
             server.check()
         assert get(server, "/v2/health/ready") == 200
@@ -481,8 +485,9 @@ def test_fork_does_not_stop_its_parents_server(repository: Path) -> None:
 
 
 def test_requests_in_flight_finish_before_the_server_stops(repository: Path) -> None:
-    server = Server(repository).start()
-    stub = stub_of(server, "decode")
+    with python_backend():
+        server = Server(repository).start()
+    stub = stub_of(server, "reconstruct")
     os.kill(stub, signal.SIGSTOP)
     answers: list[object] = []
 

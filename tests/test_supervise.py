@@ -29,7 +29,7 @@ from chebface.client.connection import open_transport
 from chebface.client.wire import parse_url
 from chebface.errors import AssetError, MissingDependencyError, ServerError, ServerUnavailableError
 from chebface.server import FOLDER, Server, hold, sweep
-from chebface.signature import REGRESS
+from chebface.signature import RECONSTRUCT
 from chebface.supervise import supervise, write_event
 
 TOKEN = "0123456789abcdef"
@@ -132,6 +132,7 @@ class Failing:
     """A server that starts and fails by a script."""
 
     url, http_url, pid, started_in_s, ports = "a:1", "http://a:2", 7, 0.1, {"grpc": 1, "http": 2}
+    runtime = "native backend"
 
     def __init__(self, *script: Exception | None) -> None:
         self.script, self.swept, self.said = list(script), [], []
@@ -265,10 +266,10 @@ def test_check_compares_the_known_face(repository: Path, tmp_path: Path, monkeyp
     assert code == 0 and "0 mm apart" in said
     other = tmp_path / "other"
     shutil.copytree(repository, other)
-    proto = stand_in(REGRESS)
-    weights = next(t for t in proto.graph.initializer if t.name == "weights")
-    weights.CopyFrom(onnx.numpy_helper.from_array(1.5 * onnx.numpy_helper.to_array(weights), "weights"))
-    onnx.save(proto, other / "regress" / "1" / "model.onnx")
+    proto = stand_in(RECONSTRUCT)
+    weights = next(t for t in proto.graph.initializer if t.name == "regress.weights")
+    weights.CopyFrom(onnx.numpy_helper.from_array(1.5 * onnx.numpy_helper.to_array(weights), weights.name))
+    onnx.save(proto, other / "reconstruct" / "1" / "model.onnx")
     with Server(repository, stop_timeout_s=0.3) as server:
         for url in (server.url, server.http_url):
             assert run("--check", url, "--repository", repository)[0] == 0
@@ -282,7 +283,7 @@ def test_check_compares_the_known_face(repository: Path, tmp_path: Path, monkeyp
 
 
 def test_check_needs_models_and_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AssetError, match=r"regress/config.pbtxt is missing"):
+    with pytest.raises(AssetError, match=r"reconstruct/config.pbtxt is missing"):
         run_here(tmp_path, draw_face()[None])
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match=r"chebface\[server\]"):

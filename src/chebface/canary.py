@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from chebface.client.connection import Connection
 from chebface.client.wire import Deadline, Retry, Transport
 from chebface.errors import MissingDependencyError, ServerError
 from chebface.repository import OPERATORS, find_model
-from chebface.signature import DECODE, RECONSTRUCT, REGRESS
+from chebface.signature import DECODE, RECONSTRUCT
 
 WORST_MM = 0.1  # of a vertex or landmark: above what another runtime's float32 arithmetic makes, below what is seen
 
@@ -65,17 +64,12 @@ def run_here(repository: str | Path, crops_u8: np.ndarray) -> dict[str, np.ndarr
         import onnxruntime
     except ImportError as error:
         raise MissingDependencyError("onnxruntime is not installed: pip install 'chebface[server]'") from error
-    known: dict[str, Any] = {REGRESS.inputs[0].name: crops_u8}
-    for model in (REGRESS, DECODE):
-        path = find_model(Path(repository), model.name)
-        options = onnxruntime.SessionOptions()
-        if (library := path.with_name(OPERATORS)).is_file():
-            options.register_custom_ops_library(str(library))
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [tensor.name for tensor in model.outputs]
-        feeds = {tensor.name: known[tensor.name] for tensor in model.inputs}
-        known |= dict(zip(names, session.run(names, feeds), strict=True))
-    return {tensor.name: known[tensor.name] for tensor in RECONSTRUCT.outputs}
+    path, options = find_model(Path(repository), RECONSTRUCT.name), onnxruntime.SessionOptions()
+    if (library := path.with_name(OPERATORS)).is_file():
+        options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [tensor.name for tensor in RECONSTRUCT.outputs]
+    return dict(zip(names, session.run(names, {RECONSTRUCT.inputs[0].name: crops_u8}), strict=True))
 
 
 def check_answer(transport: Transport, repository: str | Path, *, deadline_s: float = 30.0) -> dict[str, float]:

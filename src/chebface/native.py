@@ -52,9 +52,8 @@ def _processor() -> str:
         return platform.processor()
 
 
-@cache
-def load(source: Path) -> ctypes.CDLL | None:
-    """Compile (or find compiled) and open a library.
+def build(source: Path) -> Path | None:
+    """Compile (or find compiled) a library.
 
     Args:
         source: a C++ file that exports C functions; it may include files beside it.
@@ -62,16 +61,45 @@ def load(source: Path) -> ctypes.CDLL | None:
     Returns:
         The library, or None when there is no compiler, compiling fails, or CHEBFACE_NATIVE=0. `why_missing` tells.
     """
-    return _load(source)[0]
+    return _build(source)[0]
 
 
-def why_missing(source: Path) -> str | None:
-    """Why `load(source)` gives None, or None when it gives a library."""
-    return _load(source)[1]
+def load(source: Path) -> ctypes.CDLL | None:
+    """Build a library and open it in this process.
+
+    Args:
+        source: as for `build`.
+
+    Returns:
+        The library, or None where it cannot be built or opened. `why_missing` tells.
+    """
+    return _open(source)[0]
+
+
+def why_missing(source: Path, *, opened: bool = True) -> str | None:
+    """Why `load(source)` gives None (of `build(source)`, where it need not be opened), or None where neither does."""
+    return _open(source)[1] if opened else _build(source)[1]
+
+
+def forget() -> None:
+    """Look again for what was built or could not be."""
+    _build.cache_clear()
+    _open.cache_clear()
 
 
 @cache
-def _load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
+def _open(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    library, why = _build(source)
+    if library is None:
+        return None, why
+    try:
+        return ctypes.CDLL(str(library)), None
+    except OSError as error:  # a folder from which nothing may be run
+        return None, f"{library}: {error}"
+
+
+@cache
+def _build(source: Path) -> tuple[Path | None, str | None]:
     if os.environ.get("CHEBFACE_NATIVE") == "0":
         return None, "CHEBFACE_NATIVE=0"
     compiler = find_compiler()
@@ -92,8 +120,8 @@ def _load(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
                 if done.returncode:
                     return None, f"{compiler} failed on {source.name}: {done.stderr.strip()[-500:]}"
                 os.replace(built, library)
-        return ctypes.CDLL(str(library)), None
-    except OSError as error:  # a cache that cannot be written to, or from which nothing may be run
+        return library, None
+    except OSError as error:  # a cache that cannot be written to
         return None, f"{library}: {error}"
 
 

@@ -36,10 +36,10 @@ def library() -> Path:
     Raises:
         MissingDependencyError: it cannot be had; the message says why.
     """
-    loaded = native.load(_SOURCE)
-    if loaded is None:
+    built = native.build(_SOURCE)
+    if built is None:
         raise MissingDependencyError(
-            f"onnxruntime operators: {native.why_missing(_SOURCE)}; the graphs of standard operators need none "
-            "(python -m export onnx)"
+            f"onnxruntime operators: {native.why_missing(_SOURCE, opened=False)}; the graphs of standard operators "
+            "need none (python -m export onnx)"
         )
-    return Path(loaded._name)
+    return built

@@ -145,19 +145,22 @@ def _refusals(failures: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(failures, name) for name in names)
 
 
-def use_python(config: str, where: str) -> str:
-    """A leaf's config.pbtxt for the pip server, whose only backend is the Python one; already so is well, too.
+def use_backend(config: str, name: str, where: str) -> str:
+    """A leaf's config.pbtxt for the backend "onnxruntime", or for the Python one that runs leaf.py.
 
     Raises:
-        AssetError: it is for neither backend.
+        AssetError: it is for neither.
     """
-    if _BACKEND.findall(config) == ["python"]:
-        return config
-    for old, new in (('backend: "onnxruntime"', 'backend: "python"'), ('"model.onnx"', '"model.py"')):
-        if config.count(old) != 1:
-            raise AssetError(f"{where}: expected one {old}; write it again with `python -m export repository`")
-        config = config.replace(old, new)
-    return config
+    names = {"onnxruntime": "model.onnx", "python": "model.py"}
+    found = next(iter(_BACKEND.findall(config)), "")
+    model = f'default_model_filename: "{names.get(found)}"'
+    if config.count(model) != 1:
+        raise AssetError(
+            f"{where}: expected one backend, {' or '.join(names)}, and its model file; write it again with "
+            "`python -m export repository`"
+        )
+    config = config.replace(f'backend: "{found}"', f'backend: "{name}"')
+    return config.replace(model, f'default_model_filename: "{names[name]}"')
 
 
 def model_code(model: Model) -> str:
@@ -165,8 +168,13 @@ def model_code(model: Model) -> str:
     return Path(__file__).with_name(f"{model.program or 'leaf'}.py").read_text()
 
 
-def materialise(repository: Path, folder: Path) -> Path:
-    """Make what the pip server reads of a repository: each model.py, links to the model files.
+def materialise(repository: Path, folder: Path, backend: str = "python") -> Path:
+    """Make what the pip server reads of a repository: configurations, each model.py, links to the model files.
+
+    Args:
+        repository: checked.
+        folder: does not exist.
+        backend: what runs the leaves there, as for `use_backend`.
 
     Raises:
         AssetError: a config.pbtxt was edited beyond recognition.
@@ -178,11 +186,13 @@ def materialise(repository: Path, folder: Path) -> Path:
         source = repository / name / "config.pbtxt"
         config, version = source.read_text(), folder / name / _served_version(source)
         version.mkdir(parents=True)
-        if not model.steps:
-            config = use_python(config, str(source))
+        if model.program:
             (version / "model.py").write_text(model_code(model))
-            beside = find_model(repository, name).parent
-            for file in beside.iterdir() if beside.is_dir() else ():  # the model, data or operators it names, engines
+        else:
+            config = use_backend(config, backend, str(source))
+            if backend == "python":
+                (version / "model.py").write_text(model_code(model))
+            for file in find_model(repository, name).parent.iterdir():  # the model, data or operators it names, engines
                 if file.is_file() and file.name != "model.py":
                     (version / file.name).symlink_to(file)
         (folder / name / "config.pbtxt").write_text(config)

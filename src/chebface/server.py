@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from chebface import signature
+from chebface import backend, signature
 from chebface.errors import (
     ChebfaceError,
     ConfigError,
@@ -120,6 +120,7 @@ class Server:
         self.ports: dict[str, int] = {}
         self.admin_header = (ADMIN_NAME, secrets.token_hex(16))
         self.started_in_s = 0.0
+        self.runtime = ""  # what onnxruntime is in, once started: "native backend", or "Python backend: " and why
 
     def again(self) -> Server:
         """Another server of the same repository and limits, not started, on ports of its own; for a renewal."""
@@ -215,17 +216,20 @@ class Server:
             return self
 
     def _launch(self, wheel: Wheel, folder: Path, ports: dict[str, int]) -> None:
-        backend = folder / "backends" / "python"
-        backend.mkdir(parents=True)
-        for path in wheel.backend.iterdir():
-            if path.is_file():
-                (backend / path.name).symlink_to(path)
-        (backend / wheel.stub.name).symlink_to(wheel.stub)
+        python = {path.name: path for path in wheel.backend.iterdir() if path.is_file()}
+        backends = {"python": python | {wheel.stub.name: wheel.stub}}
+        if native := backend.find_files():
+            backends[backend.NAME] = native
+        self.runtime = "native backend" if native else f"Python backend: {backend.why_missing()}"
+        for name, files in backends.items():
+            (folder / "backends" / name).mkdir(parents=True)
+            for file, path in files.items():
+                (folder / "backends" / name / file).symlink_to(path)
         libraries = folder / "lib"  # libpython alone: its folder may hold other versions of system libraries
         libraries.mkdir()
         if wheel.libpython:
             (libraries / wheel.libpython.name).symlink_to(wheel.libpython)
-        models = materialise(self.repository, folder / "models")
+        models = materialise(self.repository, folder / "models", backend.NAME if native else "python")
         key, value = self.admin_header
         command = [
             str(wheel.server),
@@ -315,7 +319,7 @@ class Server:
                         "parameters": {"binary_data_size": len(crop)},
                     }
                 ],
-                "parameters": {"binary_data_output": True},
+                "outputs": [{"name": t.name, "parameters": {"binary_data": True}} for t in model.outputs],
             }
         ).encode()
         try:

@@ -33,13 +33,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """One served model. It is a model.onnx, unless it is an ensemble or a program."""
+    """One served model. It is a model.onnx, unless it is a program."""
 
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     batched: bool = True
-    steps: tuple[str, ...] = ()  # of an ensemble: what it runs in order
     on_request: tuple[Tensor, ...] = ()  # further outputs, which our client asks for by name only
     optional: tuple[Tensor, ...] = ()  # inputs that a request may leave out
     program: str = ""  # the module of this package that is its model.py
@@ -84,13 +83,11 @@ def _per_face(tensor: Tensor) -> Tensor:
 REGRESS = Model("regress", (CROP,), (PARAMETERS,))
 DECODE = Model("decode", (PARAMETERS,), (VERTICES_M, LANDMARKS_M), on_request=(VERTICES_HALF,))
 TOPOLOGY = Model("topology", (REQUEST,), (TRIANGLES, HEAD_FACTS), batched=False)
-RECONSTRUCT = Model("reconstruct", (CROP,), (PARAMETERS, VERTICES_M, LANDMARKS_M), steps=("regress", "decode"))
+# regress and decode as one graph: one queue, one batch and one hop less than an ensemble of the two.
+RECONSTRUCT = Model("reconstruct", (CROP,), (PARAMETERS, VERTICES_M, LANDMARKS_M), on_request=(VERTICES_HALF,))
 ENCODE = Model("encode", (NEUTRAL,), (DESCRIPTOR,))
-MODELS = {model.name: model for model in (REGRESS, DECODE, TOPOLOGY, RECONSTRUCT, ENCODE)}  # each can be one ONNX file
+MODELS = {model.name: model for model in (REGRESS, DECODE, TOPOLOGY, RECONSTRUCT, ENCODE)}  # each is one ONNX file
 
-# An ensemble computes every output that it names, wanted or not, and Triton 2.51 fails one that is asked for those of
-# its first step alone: half-size vertices have their own.
-RECONSTRUCT_HALF = Model("reconstruct_half", (CROP,), (PARAMETERS, VERTICES_HALF, LANDMARKS_M), steps=RECONSTRUCT.steps)
 DETECTED = (BOXES_PX, POINTS_PX, SCORES, CROPS, PHOTO_TO_CROP, PHOTO_SIZE, FOUND, TIMINGS_MS)
 LANDMARKS_PX = Tensor("landmarks_px", "FP32", (-1, LANDMARKS, 2))
 RECONSTRUCT_PHOTO = Model(
@@ -102,8 +99,7 @@ RECONSTRUCT_PHOTO = Model(
     optional=(MOST,),
     program="photo_leaf",
 )
-PIPELINES = {model.name: model for model in (RECONSTRUCT_HALF, RECONSTRUCT_PHOTO)}  # made of the others
-SERVED = MODELS | PIPELINES
+SERVED = MODELS | {RECONSTRUCT_PHOTO.name: RECONSTRUCT_PHOTO}
 PRIORITIES = {"high": 1, "normal": 2}  # in a queue, "high" goes first
 # What Triton says, in lower case, when it refuses because of load, and when it will not recover by itself. Codes
 # alone do not tell: UNAVAILABLE is both a full queue and a restricted interface.
@@ -113,7 +109,7 @@ PHOTO_ERRORS = ("NoFaceError: ", "PhotoError: ")  # begin what our own program s
 
 # A head without a mesh encoder (FLAME's files bring none) is exported and served without these: no model file.
 OPTIONAL = {ENCODE.name: ENCODE}
-LEAVES = {name: m for name, m in MODELS.items() if not m.steps and name not in OPTIONAL}  # those with a model file
+LEAVES = {name: model for name, model in MODELS.items() if name not in OPTIONAL}  # those that are always there
 
 
 def digest() -> str:

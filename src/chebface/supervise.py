@@ -165,4 +165,5 @@ def _renew(server: Server, proxy: Proxy, report: Report, prove: Callable[[Server
 
 
 def _facts(server: Server) -> dict[str, Any]:
-    return {"grpc": server.url, "http": server.http_url, "pid": server.pid, "seconds": round(server.started_in_s, 1)}
+    facts = {"grpc": server.url, "http": server.http_url, "pid": server.pid, "onnxruntime": server.runtime}
+    return facts | {"seconds": round(server.started_in_s, 1)}

@@ -33,13 +33,15 @@ from chebface.pipeline import Pipeline, Prepared, Topology
 from chebface.served import to_file
 from chebface.signature import (
     DETECTED,
+    LANDMARKS_M,
     MOST,
+    PARAMETERS,
     PHOTO,
     RECONSTRUCT,
-    RECONSTRUCT_HALF,
     RECONSTRUCT_PHOTO,
     REGRESS,
     TOPOLOGY,
+    VERTICES_HALF,
     Tensor,
 )
 
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncClient", "Client", "Retry", "Transport"]
 
-_MODELS = {"fp32": RECONSTRUCT, "fp16": RECONSTRUCT_HALF}
+_OUTPUTS = {"fp32": RECONSTRUCT.outputs, "fp16": (PARAMETERS, VERTICES_HALF, LANDMARKS_M)}
 
 
 class Client(Pipeline):
@@ -105,12 +107,12 @@ class Client(Pipeline):
         """
         if not 1 <= max_batch <= signature.MAX_BATCH:
             raise ConfigError(f"max_batch: expected 1..{signature.MAX_BATCH}, got {max_batch}")
-        if vertices not in _MODELS:
-            raise ConfigError(f"vertices: expected {' or '.join(map(repr, _MODELS))}, got {vertices!r}")
+        if vertices not in _OUTPUTS:
+            raise ConfigError(f"vertices: expected {' or '.join(map(repr, _OUTPUTS))}, got {vertices!r}")
         self.deadline_s = Deadline(deadline_s).seconds
         self._sends_photos = isinstance(detector, str) and detector == "server"
         super().__init__(detector="auto" if self._sends_photos else detector)
-        self._model = _MODELS[vertices]
+        self._outputs = _OUTPUTS[vertices]
         self.max_batch = max_batch
         if transport is None:
             addresses = [parse_url(one) for one in ([url] if isinstance(url, str) else url)]
@@ -271,7 +273,7 @@ class Client(Pipeline):
         if errors not in ("raise", "return"):
             raise ConfigError(f"errors: expected 'raise' or 'return', got {errors!r}")
         self._deadline(deadline_s)
-        batcher = Batcher(self._ask_heads, self.max_batch)
+        batcher = Batcher(self._ask_heads, self.max_batch, concurrency)
 
         def work(photo: Photo) -> Any:
             try:
@@ -300,7 +302,7 @@ class Client(Pipeline):
         crops_u8 = prepared.crops_u8
         parts = [ask(crops_u8[k : k + self.max_batch], deadline) for k in range(0, len(crops_u8), self.max_batch)]
         joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]  # writable, and no larger than needed
-        outputs = self._check(joined, self._model.outputs)
+        outputs = self._check(joined, self._outputs)
         infer_ms = 1e3 * (time.perf_counter() - began)
         self._ask_topology(deadline)
         return self._finish(prepared, outputs, infer_ms)
@@ -308,7 +310,7 @@ class Client(Pipeline):
     def _reconstruct_there(self, photo: Photo, most: int | None, deadline: Deadline) -> list[Face]:
         began = time.perf_counter()
         by_name = {tensor.name: tensor for tensor in RECONSTRUCT_PHOTO.every_output}
-        heads = [by_name[tensor.name] for tensor in self._model.outputs]
+        heads = [by_name[tensor.name] for tensor in self._outputs]
         answer = self._ask_photo(photo, most, deadline, (*heads, *DETECTED))
         prepared = Prepared.from_arrays(answer, began)
         outputs = self._check([np.array(answer[tensor.name], np.float32) for tensor in heads], heads)
@@ -328,8 +330,9 @@ class Client(Pipeline):
             raise type(error)(str(error).replace(name(b""), name(photo), 1)) from error
 
     def _ask_heads(self, crops_u8: np.ndarray, deadline: Deadline) -> tuple[np.ndarray, ...]:
-        answer = self._connection.infer(self._model, {self._model.inputs[0].name: crops_u8}, deadline)
-        return tuple(_widen(answer[tensor.name]) for tensor in self._model.outputs)
+        inputs = {RECONSTRUCT.inputs[0].name: crops_u8}
+        answer = self._connection.infer(RECONSTRUCT, inputs, deadline, outputs=self._outputs)
+        return tuple(_widen(answer[tensor.name]) for tensor in self._outputs)
 
     def _infer(self, crops_u8: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         parameters, vertices, landmarks = self._ask_heads(crops_u8, Deadline(self.deadline_s))

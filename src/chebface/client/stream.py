@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,31 +19,36 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 IN_FLIGHT = 2  # requests at once: the server computes one while the next is on its way
+LINGER_S = 0.002  # the longest that a request waits for its share of the callers
 AHEAD = 2  # photos begun, as a multiple of the threads: so that one slow photo holds up its results only
 
 
 class _Item:
     def __init__(self, crops_u8: np.ndarray, deadline: Deadline) -> None:
         self.crops_u8, self.deadline = crops_u8, deadline
+        self.since = time.monotonic()
+        self.wake = threading.Event()  # its own: a shared one would wake everybody for each answer
         self.done = False
         self.answer: Arrays = ()
         self.error: BaseException | None = None
 
 
 class Batcher:
-    """Groups what threads ask at the same time. No timer: a request leaves as soon as fewer than IN_FLIGHT are out,
-    so that groups grow only while the server is the slower side."""
+    """Groups what threads ask at the same time: a request leaves when fewer than IN_FLIGHT are out, and it has its
+    share of the callers or has waited LINGER_S for it. Without the wait, who is answered first would be back alone."""
 
-    def __init__(self, send: Sender, max_batch: int) -> None:
+    def __init__(self, send: Sender, max_batch: int, callers: int) -> None:
         """
         Args:
             send: crops (B, 112, 112, 3) uint8 and a deadline to arrays (B, ...).
             max_batch: crops per request at most.
+            callers: threads that ask; up to IN_FLIGHT of them never wait for each other.
         """
         self._send, self._max_batch = send, max_batch
-        self._change = threading.Condition()
+        self._share = min(max_batch, -(-callers // IN_FLIGHT))
+        self._lock = threading.Lock()
         self._waiting: deque[_Item] = deque()
-        self._out = 0
+        self._out, self._freed = 0, 0.0
 
     def ask(self, crops_u8: np.ndarray, deadline: Deadline) -> Arrays:
         """As `send`, for at most max_batch crops; the request may carry those of other threads too.
@@ -50,26 +56,40 @@ class Batcher:
         It has the time of the youngest of them.
         """
         item = _Item(crops_u8, deadline)
-        with self._change:
+        with self._lock:
             self._waiting.append(item)
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: item.done or (self._out < IN_FLIGHT and item in self._waiting))
-                if item.done:
-                    break
-                group = self._take()
-                self._out += 1
-            self._serve(group)
+        while not item.done:
+            with self._lock:
+                group, left_s = self._look(item)
+            if group:
+                self._serve(group)
+            elif left_s is None or left_s > 0:
+                item.wake.wait(left_s)
+                item.wake.clear()
         if item.error is not None:
             raise item.error
         return item.answer
 
+    def _look(self, item: _Item) -> tuple[list[_Item], float | None]:
+        """The group that leaves now, if one does, and how long the item may wait before it looks again."""
+        if item.done:
+            return [], 0.0
+        if self._out == IN_FLIGHT or item not in self._waiting:
+            return [], None
+        left_s = max(self._waiting[0].since, self._freed) + LINGER_S - time.monotonic()
+        if len(self._waiting) >= self._share or left_s <= 0:
+            self._out += 1
+            return self._take(), None
+        return [], left_s if item is self._waiting[0] else None
+
     def _take(self) -> list[_Item]:
         group = [self._waiting.popleft()]
         count = len(group[0].crops_u8)
-        while self._waiting and count + len(self._waiting[0].crops_u8) <= self._max_batch:
+        while self._waiting and len(group) < self._share and count + len(self._waiting[0].crops_u8) <= self._max_batch:
             group.append(self._waiting.popleft())
             count += len(group[-1].crops_u8)
+        if self._waiting:
+            self._waiting[0].wake.set()
         return group
 
     def _serve(self, group: list[_Item]) -> None:
@@ -85,11 +105,13 @@ class Batcher:
             for k, item in enumerate(group):
                 item.error = error if k == 0 else _copy(error)
         finally:
-            with self._change:
-                self._out -= 1
+            with self._lock:
+                self._out, self._freed = self._out - 1, time.monotonic()
+                woken = [*group, *list(self._waiting)[:1]]
                 for item in group:
                     item.done = True
-                self._change.notify_all()
+            for item in woken:
+                item.wake.set()
 
 
 def _copy(error: BaseException) -> BaseException:

@@ -1,98 +1,23 @@
 // The kernels as onnxruntime custom operators: chebface::Encode over cpu.cpp, chebface::Decode over decode.cpp.
 //
-// No header of onnxruntime is needed. Its C interface is a table of functions that is only ever appended to, so a
-// function is its place in the table; OrtCustomOp is a struct that only grows, and says how far it is filled.
+// OrtCustomOp is a struct that only grows, and says how far it is filled.
 // Constants are inputs of the node that must be initializers; they are checked and prepared when a session is made.
 // Decode reads the basis where onnxruntime keeps it.
 #include "cpu.cpp"
 #include "decode.cpp"
+#include "onnxruntime_c.h"
 
 #include <dlfcn.h>
 #include <map>
 #include <memory>
 #include <string>
 
-// ---- onnxruntime's C interface --------------------------------------------------------------------------------------
+namespace {
 
-namespace onnxruntime_c {
+using namespace onnxruntime_c;
 
 constexpr uint32_t kVersion = 16;  // of the interface: the first whose operators may return a status
 constexpr const char* kRelease = "1.16";
-
-struct Status;
-struct Value;
-struct TypeAndShape;
-struct KernelInfo;
-struct KernelContext;
-struct SessionOptions;
-struct Domain;
-
-enum Code { kInvalidArgument = 2, kRuntimeException = 6, kNotImplemented = 9 };
-enum Type { kAny = 0, kFloat = 1, kInt32 = 6, kHalf = 10 };
-
-struct Api {  // name, the version that appended it, place
-    void* const* table = nullptr;
-    template <class Function> Function* at(int place) const { return reinterpret_cast<Function*>(table[place]); }
-
-    Status* create_status(Code code, const char* text) const {  // CreateStatus, 1
-        return at<Status*(int, const char*)>(0)(code, text);
-    }
-    const char* message(const Status* s) const { return at<const char*(const Status*)>(2)(s); }  // GetErrorMessage, 1
-    void release(Status* s) const { at<void(Status*)>(93)(s); }                                  // ReleaseStatus, 1
-
-    Status* create_domain(const char* name, Domain** out) const {  // CreateCustomOpDomain, 1
-        return at<Status*(const char*, Domain**)>(26)(name, out);
-    }
-    Status* add(Domain* domain, const void* op) const {  // CustomOpDomain_Add, 1
-        return at<Status*(Domain*, const void*)>(27)(domain, op);
-    }
-    Status* add(SessionOptions* options, Domain* domain) const {  // AddCustomOpDomain, 1
-        return at<Status*(SessionOptions*, Domain*)>(28)(options, domain);
-    }
-
-    Status* data(Value* value, void** out) const {  // GetTensorMutableData, 1
-        return at<Status*(Value*, void**)>(51)(value, out);
-    }
-    Status* type(const TypeAndShape* info, int* out) const {  // GetTensorElementType, 1
-        return at<Status*(const TypeAndShape*, int*)>(60)(info, out);
-    }
-    Status* count_dims(const TypeAndShape* info, size_t* out) const {  // GetDimensionsCount, 1
-        return at<Status*(const TypeAndShape*, size_t*)>(61)(info, out);
-    }
-    Status* dims(const TypeAndShape* info, int64_t* out, size_t count) const {  // GetDimensions, 1
-        return at<Status*(const TypeAndShape*, int64_t*, size_t)>(62)(info, out, count);
-    }
-    Status* type_and_shape(const Value* value, TypeAndShape** out) const {  // GetTensorTypeAndShape, 1
-        return at<Status*(const Value*, TypeAndShape**)>(65)(value, out);
-    }
-    void release(TypeAndShape* info) const { at<void(TypeAndShape*)>(99)(info); }  // ReleaseTensorTypeAndShapeInfo, 1
-
-    // KernelInfoGetAttribute_int64, 1
-    Status* attribute(const KernelInfo* info, const char* name, int64_t* out) const {
-        return at<Status*(const KernelInfo*, const char*, int64_t*)>(86)(info, name, out);
-    }
-    // KernelInfoGetAttributeArray_int64, 8; without a place to put them, it gives their count
-    Status* attributes(const KernelInfo* info, const char* name, int64_t* out, size_t* count) const {
-        return at<Status*(const KernelInfo*, const char*, int64_t*, size_t*)>(163)(info, name, out, count);
-    }
-    // KernelInfoGetConstantInput_tensor, 15
-    Status* constant(const KernelInfo* info, size_t index, int* is_constant, const Value** out) const {
-        return at<Status*(const KernelInfo*, size_t, int*, const Value**)>(249)(info, index, is_constant, out);
-    }
-    Status* input(const KernelContext* context, size_t index, const Value** out) const {  // KernelContext_GetInput, 1
-        return at<Status*(const KernelContext*, size_t, const Value**)>(90)(context, index, out);
-    }
-    // KernelContext_GetOutput, 1
-    Status* output(KernelContext* context, size_t index, const int64_t* dims, size_t count, Value** out) const {
-        return at<Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)>(91)(context, index, dims, count,
-                                                                                        out);
-    }
-};
-
-struct ApiBase {
-    void* const* (*get_api)(uint32_t version);
-    const char* (*get_version)();
-};
 
 struct CustomOp {
     uint32_t version = kVersion;
@@ -114,26 +39,7 @@ struct CustomOp {
     void* later[8] = {};  // shape inference, versions, inputs given back as outputs: since 17 and 18
 };
 
-}  // namespace onnxruntime_c
-
-namespace {
-
-using namespace onnxruntime_c;
-
 // ---- what both operators do -----------------------------------------------------------------------------------------
-
-struct Failure {
-    std::string text;
-};
-
-void check(const Api& api, Status* status) {
-    if (!status) return;
-    const std::string text = api.message(status);
-    api.release(status);
-    throw Failure{text};
-}
-
-typedef std::vector<int64_t> Shape;
 
 std::string spell(const Shape& shape) {  // a negative size is any
     std::string text = "(";
@@ -142,15 +48,7 @@ std::string spell(const Shape& shape) {  // a negative size is any
     return text + (shape.size() == 1 ? ",)" : ")");
 }
 
-int64_t product(const Shape& shape) {
-    int64_t count = 1;
-    for (int64_t size : shape) count *= size;
-    return count;
-}
-
-struct Tensor {
-    Shape shape;
-    int type;
+struct Tensor : Outline {
     const void* data;
     const float* floats() const { return static_cast<const float*>(data); }
     const int32_t* ints() const { return static_cast<const int32_t*>(data); }
@@ -161,13 +59,8 @@ Tensor read(const Api& api, const Value* value) {
     check(api, api.type_and_shape(value, &info));
     const auto release = [&](TypeAndShape* it) { api.release(it); };
     const std::unique_ptr<TypeAndShape, decltype(release)> owner(info, release);
-    Tensor tensor;
-    size_t count;
+    Tensor tensor{outline(api, info), nullptr};
     void* data;
-    check(api, api.count_dims(info, &count));
-    tensor.shape.resize(count);
-    check(api, api.dims(info, tensor.shape.data(), count));
-    check(api, api.type(info, &tensor.type));
     check(api, api.data(const_cast<Value*>(value), &data));
     tensor.data = data;
     return tensor;
@@ -489,7 +382,7 @@ void stay() {
 
 }  // namespace
 
-extern "C" onnxruntime_c::Status* RegisterCustomOps(SessionOptions* options, const ApiBase* base) {
+extern "C" Status* RegisterCustomOps(SessionOptions* options, const ApiBase* base) {
     void* const* table = base->get_api(kVersion);
     if (!table) {
         const std::string text = std::string("chebface: expected onnxruntime ") + kRelease + " or later, got " +

@@ -1,0 +1,641 @@
+// onnxruntime as a backend of Triton Inference Server: what NVIDIA's container has and the pip server lacks, for CPUs.
+//
+// Triton opens this file as libtriton_onnxruntime.so; onnxruntime is the libonnxruntime.so that lies beside it. A model
+// has one session, which its instances share: weights are in memory once. Where a batch is one request, its tensors are
+// read and written where Triton holds them, in the client's shared memory too. No header of Triton is needed: what is
+// called of its C interface (1.x, only ever appended to) is declared here.
+#include "kernels/onnxruntime_c.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+
+// ---- Triton's C interface -------------------------------------------------------------------------------------------
+
+namespace triton {
+
+struct Error;
+struct Message;
+struct Backend;
+struct Model;
+struct Instance;
+struct Request;
+struct Response;
+struct Input;
+struct Output;
+
+enum ErrorCode { kInternal = 1, kUnavailable = 4 };
+enum DataType { kInvalid = 0, kUint8 = 2, kInt32 = 8, kInt64 = 9, kFp16 = 10, kFp32 = 11, kBytes = 13 };
+enum MemoryType { kCpu = 0 };
+enum { kReleaseAll = 1, kFinal = 1, kInfo = 0, kConfigVersion = 1 };
+
+extern "C" {
+Error* TRITONSERVER_ErrorNew(ErrorCode code, const char* text);
+const char* TRITONSERVER_ErrorMessage(Error* error);
+void TRITONSERVER_ErrorDelete(Error* error);
+Error* TRITONSERVER_LogMessage(int level, const char* file, int line, const char* text);
+Error* TRITONSERVER_MessageSerializeToJson(Message* message, const char** text, size_t* size);
+Error* TRITONSERVER_MessageDelete(Message* message);
+
+Error* TRITONBACKEND_ApiVersion(uint32_t* major, uint32_t* minor);
+Error* TRITONBACKEND_BackendArtifacts(Backend* backend, int* kind, const char** folder);
+Error* TRITONBACKEND_BackendState(Backend* backend, void** state);
+Error* TRITONBACKEND_BackendSetState(Backend* backend, void* state);
+
+Error* TRITONBACKEND_ModelBackend(Model* model, Backend** backend);
+Error* TRITONBACKEND_ModelName(Model* model, const char** name);
+Error* TRITONBACKEND_ModelVersion(Model* model, uint64_t* version);
+Error* TRITONBACKEND_ModelRepository(Model* model, int* kind, const char** folder);
+Error* TRITONBACKEND_ModelConfig(Model* model, uint32_t version, Message** config);
+Error* TRITONBACKEND_ModelState(Model* model, void** state);
+Error* TRITONBACKEND_ModelSetState(Model* model, void* state);
+
+Error* TRITONBACKEND_ModelInstanceModel(Instance* instance, Model** model);
+Error* TRITONBACKEND_ModelInstanceReportStatistics(Instance* instance, Request* request, bool success, uint64_t began,
+                                                   uint64_t compute_began, uint64_t compute_ended, uint64_t ended);
+Error* TRITONBACKEND_ModelInstanceReportBatchStatistics(Instance* instance, uint64_t batch, uint64_t began,
+                                                        uint64_t compute_began, uint64_t compute_ended,
+                                                        uint64_t ended);
+
+Error* TRITONBACKEND_RequestInputCount(Request* request, uint32_t* count);
+Error* TRITONBACKEND_RequestInputByIndex(Request* request, uint32_t index, Input** input);
+Error* TRITONBACKEND_RequestInput(Request* request, const char* name, Input** input);
+Error* TRITONBACKEND_RequestOutputCount(Request* request, uint32_t* count);
+Error* TRITONBACKEND_RequestOutputName(Request* request, uint32_t index, const char** name);
+Error* TRITONBACKEND_RequestRelease(Request* request, uint32_t flags);
+Error* TRITONBACKEND_InputProperties(Input* input, const char** name, DataType* type, const int64_t** dims,
+                                     uint32_t* count, uint64_t* bytes, uint32_t* buffers);
+Error* TRITONBACKEND_InputBuffer(Input* input, uint32_t index, const void** data, uint64_t* bytes, MemoryType* memory,
+                                 int64_t* device);
+
+Error* TRITONBACKEND_ResponseNew(Response** response, Request* request);
+Error* TRITONBACKEND_ResponseOutput(Response* response, Output** output, const char* name, DataType type,
+                                    const int64_t* dims, uint32_t count);
+Error* TRITONBACKEND_OutputBuffer(Output* output, void** data, uint64_t bytes, MemoryType* memory, int64_t* device);
+Error* TRITONBACKEND_ResponseSend(Response* response, uint32_t flags, Error* error);
+}
+
+}  // namespace triton
+
+namespace {
+
+using namespace onnxruntime_c;
+namespace t = triton;
+
+constexpr uint32_t kVersion = 4;  // of onnxruntime's interface: the last that something here wants
+constexpr size_t kAligned = 16;   // bytes: tensors elsewhere are copied
+constexpr size_t kKept = size_t(16) << 20;  // bytes that an instance keeps to join inputs in
+
+void check(t::Error* error) {
+    if (!error) return;
+    const std::string text = t::TRITONSERVER_ErrorMessage(error);
+    t::TRITONSERVER_ErrorDelete(error);
+    throw Failure{text};
+}
+
+void ignore(t::Error* error) {  // where nothing can be done about it
+    if (error) t::TRITONSERVER_ErrorDelete(error);
+}
+
+template <class Body> t::Error* guard(const std::string& what, const Body& body) {  // nothing is thrown across C
+    try {
+        body();
+        return nullptr;
+    } catch (const Failure& failure) {
+        return t::TRITONSERVER_ErrorNew(t::kInternal, (what + ": " + failure.text).c_str());
+    } catch (const std::bad_alloc&) {
+        return t::TRITONSERVER_ErrorNew(t::kInternal, (what + ": no memory is left").c_str());
+    } catch (const std::exception& error) {
+        return t::TRITONSERVER_ErrorNew(t::kInternal, (what + ": " + error.what()).c_str());
+    }
+}
+
+uint64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+struct Kind {
+    t::DataType triton;
+    Type onnx;
+    size_t bytes;
+};
+
+constexpr Kind kKinds[] = {{t::kUint8, kUint8, 1}, {t::kInt32, kInt32, 4}, {t::kInt64, kInt64, 8},
+                           {t::kFp16, kHalf, 2},   {t::kFp32, kFloat, 4},  {t::kBytes, kString, 0}};
+
+template <class Match> const Kind& find_kind(const std::string& name, const Match& match) {
+    for (const Kind& kind : kKinds)
+        if (match(kind)) return kind;
+    throw Failure{name + ": expected UINT8, INT32, INT64, FP16 or FP32, or an output of BYTES"};
+}
+
+// A number or a text of the model's configuration as Triton spells it: "key":1, "key":"text" or, of its parameters,
+// "key":{"string_value":"1"}.
+std::string find_setting(const std::string& json, const std::string& key, const std::string& otherwise) {
+    const size_t at = json.find("\"" + key + "\":");
+    if (at == std::string::npos) return otherwise;
+    size_t from = at + key.size() + 3;
+    const std::string nested = "{\"string_value\":";
+    if (!json.compare(from, nested.size(), nested)) from += nested.size();
+    const bool quoted = json[from] == '"';
+    from += quoted;
+    return json.substr(from, json.find_first_of(quoted ? "\"" : ",}", from) - from);
+}
+
+int find_count(const std::string& json, const std::string& key, int otherwise) {
+    const std::string text = find_setting(json, key, std::to_string(otherwise));
+    char* end;
+    const long count = std::strtol(text.c_str(), &end, 10);
+    if (text.empty() || *end || count < 0 || count > 4096)
+        throw Failure{key + ": expected a number from 0 to 4096, got '" + text + "'"};
+    return int(count);
+}
+
+// ---- what lives as long as the backend, and as a model --------------------------------------------------------------
+
+template <class Thing> struct Release {
+    Api api;
+    void operator()(Thing* it) const { api.release(it); }
+};
+template <class Thing> using Owned = std::unique_ptr<Thing, Release<Thing>>;
+
+// Where Triton's time to stop is over, it ends the process with runs at work: exit() must not destroy what onnxruntime
+// is made of before they are done.
+class Gate {
+  public:
+    bool enter() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        inside_ += !closed_;
+        return !closed_;
+    }
+    void leave() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!--inside_) empty_.notify_all();
+    }
+    void close() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        closed_ = true;
+        empty_.wait_for(lock, std::chrono::seconds(10), [&] { return !inside_; });
+    }
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable empty_;
+    int inside_ = 0;
+    bool closed_ = false;
+};
+
+Gate& gate() {
+    static Gate* const made = new Gate;  // for good: runs ask it until the end
+    return *made;
+}
+
+struct Runtime {
+    Api api;
+    Owned<Env> env;
+    Owned<MemoryInfo> memory;
+    std::string version;
+
+    explicit Runtime(const std::string& folder) {
+        const std::string path = folder + "/libonnxruntime.so";
+        void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);  // stays open: its threads may outlive us
+        if (!library) throw Failure{dlerror()};
+        const auto get = reinterpret_cast<const ApiBase* (*)()>(dlsym(library, "OrtGetApiBase"));
+        if (!get) throw Failure{path + ": is no onnxruntime"};
+        version = get()->get_version();
+        api.table = get()->get_api(kVersion);
+        if (!api.table) throw Failure{path + ": expected onnxruntime 1.4 or later, got " + version};
+        Env* made;
+        ::onnxruntime_c::check(api, api.create_env(3, "chebface", &made));  // errors and worse
+        env = {made, {api}};
+        MemoryInfo* info;
+        ::onnxruntime_c::check(api, api.cpu_memory(&info));
+        memory = {info, {api}};
+    }
+};
+
+struct Result {  // an output of the model
+    std::string name;
+    const Kind* kind;
+    Shape shape;
+};
+
+struct Served {
+    const Runtime& runtime;
+    Owned<Session> session;
+    std::vector<Result> results;
+    bool batched;
+    mutable std::once_flag ran;
+
+    Served(const Runtime& given, const std::string& folder, const std::string& config) : runtime(given) {
+        const Api& api = runtime.api;
+        const auto ort = [&](Status* status) { ::onnxruntime_c::check(api, status); };
+        batched = find_count(config, "max_batch_size", 0) > 0;
+        SessionOptions* made;
+        ort(api.create_options(&made));
+        const Owned<SessionOptions> options(made, {api});
+        ort(api.set_threads(made, find_count(config, "intra_op_thread_count", 1)));
+        ort(api.set_inter_threads(made, find_count(config, "inter_op_thread_count", 1)));
+        ort(api.configure(made, "session.intra_op.allow_spinning", "0"));  // the cores are shared
+        const std::string operators = folder + "/operators.so";
+        void* library;
+        if (FILE* file = std::fopen(operators.c_str(), "rb")) {  // our own kernels, which the model names
+            std::fclose(file);
+            ort(api.register_operators(made, operators.c_str(), &library));
+        }
+        const std::string path = folder + "/" + find_setting(config, "default_model_filename", "model.onnx");
+        Session* opened;
+        ort(api.create_session(runtime.env.get(), path.c_str(), made, &opened));
+        session = {opened, {api}};
+        size_t count;
+        ort(api.count_outputs(opened, &count));
+        for (size_t i = 0; i < count; ++i) results.push_back(describe(i));
+    }
+
+  private:
+    Result describe(size_t index) const {
+        const Api& api = runtime.api;
+        const auto ort = [&](Status* status) { ::onnxruntime_c::check(api, status); };
+        Allocator* allocator;
+        ort(api.allocator(&allocator));
+        char* name;
+        ort(api.output_name(session.get(), index, allocator, &name));
+        Result result{name, nullptr, {}};
+        ort(api.free(allocator, name));
+        TypeInfo* made;
+        ort(api.output_type(session.get(), index, &made));
+        const Owned<TypeInfo> owner(made, {api});
+        const TypeAndShape* info;
+        ort(api.tensor_info(made, &info));
+        if (!info) throw Failure{result.name + ": expected a tensor"};
+        const Outline found = outline(api, info);
+        result.shape = found.shape;
+        result.kind = &find_kind(result.name, [&](const Kind& kind) { return kind.onnx == found.type; });
+        return result;
+    }
+};
+
+// ---- one run --------------------------------------------------------------------------------------------------------
+
+struct Tensor {  // what a request brings
+    const char* name;
+    const Kind* kind;
+    Shape shape;
+    std::vector<std::pair<const void*, uint64_t>> pieces;
+    uint64_t bytes;
+};
+
+Tensor read(t::Input* input) {
+    Tensor tensor{};
+    t::DataType type;
+    const int64_t* dims;
+    uint32_t count, buffers;
+    check(t::TRITONBACKEND_InputProperties(input, &tensor.name, &type, &dims, &count, &tensor.bytes, &buffers));
+    tensor.kind = &find_kind(tensor.name, [&](const Kind& kind) { return kind.triton == type && kind.bytes; });
+    tensor.shape.assign(dims, dims + count);
+    for (uint32_t i = 0; i < buffers; ++i) {
+        const void* data;
+        uint64_t bytes;
+        t::MemoryType memory = t::kCpu;
+        int64_t device = 0;
+        check(t::TRITONBACKEND_InputBuffer(input, i, &data, &bytes, &memory, &device));
+        if (memory > 1) throw Failure{std::string(tensor.name) + ": is in a GPU's memory, and this backend has none"};
+        tensor.pieces.emplace_back(data, bytes);
+    }
+    return tensor;
+}
+
+class Run {
+  public:
+    Run(const Served& served, t::Request** requests, t::Response** responses, uint32_t count,
+        std::vector<std::vector<char>>& scratch)
+        : served_(served), api_(served.runtime.api), requests_(requests), responses_(responses), count_(count),
+          scratch_(scratch) {}
+
+    int64_t batch() const { return batch_; }
+    uint64_t began() const { return began_; }
+    uint64_t ended() const { return ended_; }
+
+    void work() {
+        gather();
+        choose();
+        place();
+        began_ = now_ns();
+        std::vector<const Value*> inputs;
+        std::vector<Value*> outputs;
+        for (const auto& value : inputs_) inputs.push_back(value.get());
+        for (const auto& value : outputs_) outputs.push_back(value.get());
+        Status* status = api_.run(served_.session.get(), names_.data(), inputs.data(), inputs.size(), wanted_.data(),
+                                  wanted_.size(), outputs.data());
+        for (size_t i = 0; i < outputs.size(); ++i)
+            if (!outputs_[i]) outputs_[i] = {outputs[i], {api_}};
+        ended_ = now_ns();
+        ort(status);
+        hand_out();
+    }
+
+  private:
+    void ort(Status* status) const { ::onnxruntime_c::check(api_, status); }
+
+    // The inputs of all requests, one behind the other.
+    void gather() {
+        uint32_t inputs;
+        check(t::TRITONBACKEND_RequestInputCount(requests_[0], &inputs));
+        scratch_.resize(std::max<size_t>(scratch_.size(), inputs));
+        for (uint32_t i = 0; i < inputs; ++i) {
+            t::Input* input;
+            check(t::TRITONBACKEND_RequestInputByIndex(requests_[0], i, &input));
+            std::vector<Tensor> parts{read(input)};
+            for (uint32_t r = 1; r < count_; ++r) {
+                check(t::TRITONBACKEND_RequestInput(requests_[r], parts[0].name, &input));
+                parts.push_back(read(input));
+            }
+            take(parts, scratch_[i], i == 0);
+        }
+    }
+
+    void take(const std::vector<Tensor>& parts, std::vector<char>& joined, bool first) {
+        const Tensor& model = parts[0];
+        Shape shape = model.shape;
+        uint64_t bytes = 0;
+        if (served_.batched) shape.at(0) = 0;
+        for (const Tensor& part : parts) {
+            const size_t lead = served_.batched;
+            if (part.kind != model.kind || part.shape.size() != shape.size() ||
+                !std::equal(part.shape.begin() + lead, part.shape.end(), shape.begin() + lead) ||
+                part.bytes != uint64_t(product(part.shape)) * part.kind->bytes)
+                throw Failure{std::string(model.name) + ": requests of one batch differ in shape, type or size"};
+            if (served_.batched) {
+                shape[0] += part.shape[0];
+                if (first) sizes_.push_back(part.shape[0]);
+            }
+            bytes += part.bytes;
+        }
+        if (first) batch_ = served_.batched ? shape[0] : 1;
+        const void* data = parts.size() == 1 && model.pieces.size() == 1 ? model.pieces[0].first : nullptr;
+        if (!data || reinterpret_cast<uintptr_t>(data) % kAligned) {
+            if (joined.size() > kKept && bytes <= kKept) std::vector<char>().swap(joined);
+            if (joined.size() < bytes) joined.resize(bytes);
+            char* to = joined.data();
+            for (const Tensor& part : parts)
+                for (const auto& [from, size] : part.pieces) {
+                    if (size > size_t(joined.data() + bytes - to)) throw Failure{"an input is longer than it says"};
+                    std::memcpy(to, from, size);
+                    to += size;
+                }
+            data = joined.data();
+        }
+        Value* value;
+        ort(api_.wrap(served_.runtime.memory.get(), const_cast<void*>(data), bytes, shape.data(), shape.size(),
+                      model.kind->onnx, &value));
+        inputs_.emplace_back(value, Release<Value>{api_});
+        names_.push_back(model.name);
+    }
+
+    // The outputs that somebody asked for.
+    void choose() {
+        asked_.resize(count_);
+        for (uint32_t r = 0; r < count_; ++r) {
+            uint32_t outputs;
+            check(t::TRITONBACKEND_RequestOutputCount(requests_[r], &outputs));
+            for (uint32_t i = 0; i < outputs; ++i) {
+                const char* name;
+                check(t::TRITONBACKEND_RequestOutputName(requests_[r], i, &name));
+                asked_[r].emplace_back(name);
+            }
+        }
+        for (const Result& result : served_.results) {
+            const auto asks = [&](const auto& names) {
+                return std::find(names.begin(), names.end(), result.name) != names.end();
+            };
+            if (!std::any_of(asked_.begin(), asked_.end(), asks)) continue;
+            results_.push_back(&result);
+            wanted_.push_back(result.name.c_str());
+        }
+        outputs_.resize(results_.size());
+        places_.resize(results_.size());
+    }
+
+    // Of a single request, the network writes to where Triton wants the answer.
+    void place() {
+        for (size_t i = 0; count_ == 1 && i < results_.size(); ++i) {
+            const Result& result = *results_[i];
+            Shape shape = result.shape;
+            if (served_.batched) shape.at(0) = batch_;
+            if (!result.kind->bytes || std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; }))
+                continue;
+            const size_t bytes = product(shape) * result.kind->bytes;
+            places_[i] = buffer(responses_[0], result, shape, bytes);
+            if (reinterpret_cast<uintptr_t>(places_[i]) % kAligned) continue;  // made elsewhere and copied there
+            Value* value;
+            ort(api_.wrap(served_.runtime.memory.get(), places_[i], bytes, shape.data(), shape.size(),
+                          result.kind->onnx, &value));
+            outputs_[i] = {value, {api_}};
+            places_[i] = nullptr;
+            done_.push_back(i);
+        }
+    }
+
+    void* buffer(t::Response* response, const Result& result, const Shape& shape, size_t bytes) const {
+        t::Output* output;
+        check(t::TRITONBACKEND_ResponseOutput(response, &output, result.name.c_str(), result.kind->triton,
+                                              shape.data(), uint32_t(shape.size())));
+        void* data;
+        t::MemoryType memory = t::kCpu;
+        int64_t device = 0;
+        check(t::TRITONBACKEND_OutputBuffer(output, &data, bytes, &memory, &device));
+        if (memory > 1) throw Failure{result.name + ": is wanted in a GPU's memory, and this backend has none"};
+        return data;
+    }
+
+    void hand_out() {
+        for (size_t i = 0; i < results_.size(); ++i) {
+            if (std::find(done_.begin(), done_.end(), i) != done_.end()) continue;
+            const Result& result = *results_[i];
+            TypeAndShape* info;
+            ort(api_.type_and_shape(outputs_[i].get(), &info));
+            Shape shape;
+            {
+                const Owned<TypeAndShape> owner(info, {api_});
+                shape = outline(api_, info).shape;
+            }
+            if (served_.batched && (shape.empty() || shape[0] != batch_))
+                throw Failure{result.name + ": expected " + std::to_string(batch_) + " in its first dimension"};
+            const std::vector<char> texts = result.kind->bytes ? std::vector<char>() : spell(i, product(shape));
+            const char* from = texts.data();
+            if (result.kind->bytes) {
+                void* data;
+                ort(api_.data(outputs_[i].get(), &data));
+                from = static_cast<const char*>(data);
+            }
+            if (!served_.batched || count_ == 1) {
+                const size_t bytes = result.kind->bytes ? product(shape) * result.kind->bytes : texts.size();
+                void* to = places_[i] ? places_[i] : buffer(responses_[0], result, shape, bytes);
+                std::memcpy(to, from, bytes);
+                continue;
+            }
+            if (!result.kind->bytes) throw Failure{result.name + ": texts cannot be shared out over a batch"};
+            const size_t each = product(shape) / std::max<int64_t>(batch_, 1) * result.kind->bytes;
+            for (uint32_t r = 0; r < count_; from += sizes_[r] * each, ++r) {
+                if (std::find(asked_[r].begin(), asked_[r].end(), result.name) == asked_[r].end()) continue;
+                shape[0] = sizes_[r];
+                std::memcpy(buffer(responses_[r], result, shape, sizes_[r] * each), from, sizes_[r] * each);
+            }
+        }
+    }
+
+    // Texts as they travel: each behind its length, 4 bytes, little endian.
+    std::vector<char> spell(size_t index, int64_t count) const {
+        const Value* value = outputs_[index].get();
+        size_t bytes;
+        ort(api_.count_text(value, &bytes));
+        std::vector<char> text(bytes);
+        std::vector<size_t> starts(count);
+        ort(api_.text(value, text.data(), bytes, starts.data(), starts.size()));
+        std::vector<char> found;
+        for (int64_t i = 0; i < count; ++i) {
+            const size_t last = i + 1 < count ? starts[i + 1] : bytes;
+            const uint32_t size = uint32_t(last - starts[i]);
+            const char* length = reinterpret_cast<const char*>(&size);
+            found.insert(found.end(), length, length + sizeof size);
+            found.insert(found.end(), text.data() + starts[i], text.data() + last);
+        }
+        return found;
+    }
+
+    const Served& served_;
+    const Api& api_;
+    t::Request** requests_;
+    t::Response** responses_;
+    uint32_t count_;
+    std::vector<std::vector<char>>& scratch_;
+    int64_t batch_ = 0;
+    uint64_t began_ = 0, ended_ = 0;
+    std::vector<int64_t> sizes_;                   // faces of each request
+    std::vector<std::vector<std::string>> asked_;  // outputs of each request
+    std::vector<const char*> names_, wanted_;
+    std::vector<Owned<Value>> inputs_, outputs_;
+    std::vector<const Result*> results_;
+    std::vector<void*> places_;  // where an output that is made elsewhere must go
+    std::vector<size_t> done_;   // outputs that the network writes to their place
+};
+
+void execute(t::Instance* instance, const Served& served, t::Request** requests, uint32_t count) {
+    static thread_local std::vector<std::vector<char>> scratch;
+    const uint64_t began = now_ns();
+    std::vector<t::Response*> responses(count, nullptr);
+    Run run(served, requests, responses.data(), count, scratch);
+    const bool open = gate().enter();
+    t::Error* error = guard("onnxruntime", [&] {
+        for (uint32_t r = 0; r < count; ++r) check(t::TRITONBACKEND_ResponseNew(&responses[r], requests[r]));
+        if (!open) throw Failure{"the server is stopping"};
+        run.work();
+    });
+    const std::string text = error ? t::TRITONSERVER_ErrorMessage(error) : "";
+    const t::ErrorCode code = open ? t::kInternal : t::kUnavailable;
+    for (t::Response* response : responses)
+        if (response)
+            ignore(t::TRITONBACKEND_ResponseSend(response, t::kFinal,
+                                                 error ? t::TRITONSERVER_ErrorNew(code, text.c_str()) : nullptr));
+    if (open) gate().leave();
+    // What a first run made is destroyed before what was there: the handler must be younger than all of it.
+    std::call_once(served.ran, [] { std::atexit([] { gate().close(); }); });
+    const uint64_t ended = now_ns();
+    const uint64_t compute_began = run.began() ? run.began() : ended, compute_ended = run.ended() ? run.ended() : ended;
+    for (uint32_t r = 0; r < count; ++r)
+        ignore(t::TRITONBACKEND_ModelInstanceReportStatistics(instance, requests[r], !error, began, compute_began,
+                                                              compute_ended, ended));
+    if (!error && run.batch())
+        ignore(t::TRITONBACKEND_ModelInstanceReportBatchStatistics(instance, uint64_t(run.batch()), began,
+                                                                   compute_began, compute_ended, ended));
+    for (uint32_t r = 0; r < count; ++r) ignore(t::TRITONBACKEND_RequestRelease(requests[r], t::kReleaseAll));
+    ignore(error);
+}
+
+}  // namespace
+
+// ---- what Triton calls ----------------------------------------------------------------------------------------------
+
+extern "C" {
+
+t::Error* TRITONBACKEND_Initialize(t::Backend* backend) {
+    return guard("onnxruntime backend", [&] {
+        uint32_t major, minor;
+        check(t::TRITONBACKEND_ApiVersion(&major, &minor));
+        if (major != 1) throw Failure{"expected Triton's backend interface 1.x, got " + std::to_string(major)};
+        int kind;
+        const char* folder;
+        check(t::TRITONBACKEND_BackendArtifacts(backend, &kind, &folder));
+        auto runtime = std::make_unique<Runtime>(folder);
+        const std::string text = "chebface's onnxruntime backend, onnxruntime " + runtime->version;
+        ignore(t::TRITONSERVER_LogMessage(t::kInfo, "backend.cpp", __LINE__, text.c_str()));
+        check(t::TRITONBACKEND_BackendSetState(backend, runtime.get()));
+        runtime.release();
+    });
+}
+
+t::Error* TRITONBACKEND_Finalize(t::Backend* backend) {
+    void* state = nullptr;
+    t::Error* error = t::TRITONBACKEND_BackendState(backend, &state);
+    delete static_cast<Runtime*>(state);
+    return error;
+}
+
+t::Error* TRITONBACKEND_ModelInitialize(t::Model* model) {
+    const char* name = "";
+    ignore(t::TRITONBACKEND_ModelName(model, &name));
+    return guard(name, [&] {
+        t::Backend* backend;
+        void* runtime;
+        int kind;
+        const char* folder;
+        uint64_t version;
+        check(t::TRITONBACKEND_ModelBackend(model, &backend));
+        check(t::TRITONBACKEND_BackendState(backend, &runtime));
+        check(t::TRITONBACKEND_ModelRepository(model, &kind, &folder));
+        check(t::TRITONBACKEND_ModelVersion(model, &version));
+        t::Message* message;
+        check(t::TRITONBACKEND_ModelConfig(model, t::kConfigVersion, &message));
+        const char* text;
+        size_t size;
+        t::Error* error = t::TRITONSERVER_MessageSerializeToJson(message, &text, &size);
+        const std::string config = error ? "" : std::string(text, size);
+        ignore(t::TRITONSERVER_MessageDelete(message));
+        check(error);
+        auto served = std::make_unique<Served>(*static_cast<Runtime*>(runtime),
+                                               folder + ("/" + std::to_string(version)), config);
+        check(t::TRITONBACKEND_ModelSetState(model, served.get()));
+        served.release();
+    });
+}
+
+t::Error* TRITONBACKEND_ModelFinalize(t::Model* model) {
+    void* state = nullptr;
+    t::Error* error = t::TRITONBACKEND_ModelState(model, &state);
+    delete static_cast<Served*>(state);
+    return error;
+}
+
+t::Error* TRITONBACKEND_ModelInstanceExecute(t::Instance* instance, t::Request** requests, const uint32_t count) {
+    t::Model* model;
+    void* served;
+    if (t::Error* error = t::TRITONBACKEND_ModelInstanceModel(instance, &model)) return error;
+    if (t::Error* error = t::TRITONBACKEND_ModelState(model, &served)) return error;
+    const Served& known = *static_cast<const Served*>(served);
+    if (known.batched)
+        execute(instance, known, requests, count);
+    else
+        for (uint32_t r = 0; r < count; ++r) execute(instance, known, requests + r, 1);
+    return nullptr;
+}
+
+}
