@@ -33,8 +33,9 @@ CASES = ("reconstruct", "throughput", "overload", "peer")
 CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 LOADS = (0.25, 0.5, 0.75, 0.9)  # of the capacity, at Poisson times
 OVERLOAD = 10.0  # times the capacity
-FACES = 4  # in a request of the overload: the callers shall not take the processor that they ask for
-CALLERS = 192  # of the overload, beyond those whose requests fill the queue
+FACES = 8  # in a request of the overload: the callers shall not take the processor that they ask for
+CALLERS = 64  # of the overload, beyond those whose requests fill the queue
+SETTLE_S = 3.0  # of overload before memory is looked at: the first full batches at once make room for themselves
 FLOODERS = 2  # processes of theirs: one interpreter alone would be late
 REFUSED_MS, SERVED = 50.0, 3.0  # what the overload may cost: p99 of refusals; of the served, times the unloaded p99
 PIECES = 3  # of a row's time, each with a piece of its rival
@@ -322,14 +323,21 @@ def _overload(course: _Course) -> Iterator[Row]:
     calm_p99 = float(np.percentile(calm.served_ms, 99))
     allowed = SERVED * calm_p99 + (config.queue_timeout_ms or float("inf"))
     meter = Meter(course.server)
-    before = meter.memory_mb()
-    meter.start()
-    course.say(f"{OVERLOAD:g} times {FACES * capacity:.0f} faces/s for {course.overload_s:g} s")
-    each = OVERLOAD * capacity / FLOODERS, course.overload_s, (CALLERS + config.queue_size) // FLOODERS
+    unloaded_mb = meter.memory_mb()
+    rate, callers = OVERLOAD * capacity / FLOODERS, (CALLERS + config.queue_size) // FLOODERS
     with ProcessPoolExecutor(FLOODERS, mp_context=multiprocessing.get_context("spawn")) as processes:
-        floods = [processes.submit(_flood, course.server.url, *each, seed) for seed in range(FLOODERS)]
+
+        def flood(seconds: float) -> list[Future[Answers]]:
+            url = course.server.url
+            return [processes.submit(_flood, url, rate, seconds, callers, seed) for seed in range(FLOODERS)]
+
+        wait(flood(SETTLE_S))
+        before = meter.memory_mb()
+        meter.start()
+        course.say(f"{OVERLOAD:g} times {FACES * capacity:.0f} faces/s for {course.overload_s:g} s")
+        floods = flood(course.overload_s)
         middle = _sample(meter, floods)
-        answers = Answers.join([flood.result() for flood in floods])
+        answers = Answers.join([each.result() for each in floods])
     spent = meter.read()
     if not answers.served_ms:
         raise ServerError(f"overload: nothing was served; {len(answers.failed)} failed: {answers.failed[:1]}")
@@ -351,6 +359,8 @@ def _overload(course: _Course) -> Iterator[Row]:
         "allowed_ms": round(allowed, 1),
         "refused_p50_ms": round(float(np.median(answers.refused_ms)), 3) if answers.refused_ms else 0.0,
         "refused_p99_ms": round(refused_p99, 3),
+        "late_p99_ms": round(float(np.percentile(answers.late_ms, 99)), 3),  # the callers' own: they share the cores
+        "memory_mb_unloaded": unloaded_mb,
         "memory_mb_before": before,
         "memory_mb_most": max(middle, default=before),
         "memory_mb_after": spent["memory_mb"],
