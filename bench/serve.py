@@ -71,8 +71,8 @@ def measure(
     `allowed_ms` (SERVED times the unloaded p99, and the longest that the queue lets a request wait),
     `refused_p99_ms`, memory before, most and after.
     peer: crop to vertices, against the demo's backbone and mapping and then smplx's FLAME in torch eager, one face at
-    a time: `ratio` of the medians, `throughput_ratio` with 8 callers; the demo weights in fp32 and in int8, exported
-    for it, with as many instances as the repository has.
+    a time: `ratio` of the medians, `throughput_ratio` with 8 callers; the demo weights in fp32 and, with our decode and
+    its basis in half, in int8, exported for it, with as many instances as the repository has.
 
     Args:
         seconds: of each row.
@@ -408,10 +408,11 @@ def _peer(repository: Path, work: Path, folder: Path, seconds: float, say: Say) 
         wanted = Flame(head).decode(regressor(normalize_crop(torch.from_numpy(crops))))[0].numpy()
         each = np.concatenate([loop(crops[k : k + 1]).copy() for k in range(len(crops))])
         latency._check_mm("peer", each, wanted, latency.SMPLX_MM)
-        for precision, limits in (("fp32", latency.FLOAT_MM), ("int8", latency.INT8_MM)):
+        own = ("--operators", "native", "--basis", "fp16")
+        for precision, options, limits in (("fp32", (), latency.FLOAT_MM), ("int8", own, latency.INT8_MM)):
             say(f"exporting the demo weights in {precision}")
             where = folder / precision
-            exported = course.export("--checkpoint", str(checkpoint.DEMO), "--precision", precision)
+            exported = course.export("--checkpoint", str(checkpoint.DEMO), "--precision", precision, *options)
             _fill(exported, where, read_config(repository).instances)
             with _serve(where, seconds, 0.0, say) as served:
                 name, client = next(iter(served.clients.items()))
@@ -431,7 +432,11 @@ def _peer(repository: Path, work: Path, folder: Path, seconds: float, say: Say) 
                 per_s, rival = float(np.mean(rates)), 1e3 / float(np.median(theirs))
                 facts = {"precision": precision, "batch": 1, "threads": cores, "check": checked, "concurrency": 8}
                 row = served.row(
-                    "peer", f"{name}, {precision}", "torch + smplx", (times["ours"], times["peer"]), **facts
+                    "peer",
+                    f"{name}, {precision}{' and own decode' if options else ''}",
+                    "torch + smplx",
+                    (times["ours"], times["peer"]),
+                    **facts,
                 )
                 yield row | {
                     "faces_per_s": round(per_s, 2),
@@ -443,6 +448,7 @@ def _peer(repository: Path, work: Path, folder: Path, seconds: float, say: Say) 
 
 def _fill(exported: Path, repository: Path, instances: int) -> None:
     command = [sys.executable, "-m", "export", "repository", "-o", str(exported), "--repository", str(repository)]
+    command += ["--target", "pip"]  # which takes our operators, too
     done = subprocess.run(
         [*command, "--instances", str(instances)], cwd=_ROOT, capture_output=True, text=True, check=False
     )

@@ -4,6 +4,8 @@
 // has one session, which its instances share: weights are in memory once. Where a batch is one request, its tensors are
 // read and written where Triton holds them, in the client's shared memory too. No header of Triton is needed: what is
 // called of its C interface (1.x, only ever appended to) is declared here.
+//
+// Source: the interface is documented in triton-inference-server/core, include/triton/core/tritonbackend.h.
 #include "kernels/onnxruntime_c.h"
 
 #include <dlfcn.h>

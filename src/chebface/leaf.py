@@ -1,7 +1,7 @@
 """A leaf model for Triton's Python backend: onnxruntime over the model.onnx that lies beside it.
 
-server.py copies this file as model.py into the run-time repository of the pip server, which has no native
-onnxruntime backend; in the NGC container the native backend reads the same model.onnx and this file is not used.
+repository.py copies this file as model.py where backend.cpp cannot be had, for want of a compiler; with it, and in the
+NGC container with NVIDIA's, a backend named onnxruntime reads the same model.onnx and this file is not used.
 It runs inside the server's Python stub, so it stands alone: nothing of chebface is imported.
 """
 
