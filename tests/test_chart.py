@@ -25,6 +25,10 @@ def test_bars_stand_in_proportion():
     assert bottom - column_tops(picture, chart.COLORS[1])[0] == pytest.approx(one / 2, abs=2)
 
 
+def test_numbers_on_bars_have_no_exponent():
+    assert [chart.spell(value) for value in (1654.4, 116.0, 33.4, 5.13, 0.893, 0.0)] == "1654 116 33 5.1 0.89 0".split()
+
+
 def test_log_bars_stand_by_their_powers():
     picture = chart.bars("t", ["a", "b", "c"], {"x": [1e-5, 1e-4, 1e-2]}, log=True)
     tops = column_tops(picture, chart.COLORS[0])

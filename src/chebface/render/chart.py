@@ -22,6 +22,11 @@ CURVES_PX = (900, 460)
 BINS = 48
 
 
+def spell(value: float) -> str:
+    """Two digits, and all of a large number's before the point."""
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
 def bars(title: str, groups: list[str], series: dict[str, list[float]], *, log: bool = False) -> Image:
     """Bars side by side in groups, one colour a series.
 
@@ -63,7 +68,7 @@ def bars(title: str, groups: list[str], series: dict[str, list[float]], *, log: 
             x = LEFT + (column + 0.1) * step + row * wide
             y = place(values[row, column])
             pen.rectangle((x, y, x + wide - 1, SIZE_PX[1] - BOTTOM), fill=COLORS[row % len(COLORS)])
-            pen.text((x + wide / 2, y - 3), f"{values[row, column]:.2g}", fill=INK, anchor="mb")
+            pen.text((x + wide / 2, y - 3), spell(values[row, column]), fill=INK, anchor="mb")
         pen.text((LEFT + (column + 0.5) * step, SIZE_PX[1] - BOTTOM + 6), group, fill=INK, anchor="mt")
     return picture
 
