@@ -26,7 +26,14 @@ def test_bars_stand_in_proportion():
 
 
 def test_numbers_on_bars_have_no_exponent():
-    assert [chart.spell(value) for value in (1654.4, 116.0, 33.4, 5.13, 0.893, 0.0)] == "1654 116 33 5.1 0.89 0".split()
+    assert [chart.spell(value) for value in (1654.4, 116.0, 33.4, 5.13, 0.893, 0.0)] == [
+        "1654",
+        "116",
+        "33",
+        "5.1",
+        "0.89",
+        "0",
+    ]
 
 
 def test_log_bars_stand_by_their_powers():
