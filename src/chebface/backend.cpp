@@ -1,9 +1,10 @@
 // onnxruntime as a backend of Triton Inference Server: what NVIDIA's container has and the pip server lacks, for CPUs.
 //
 // Triton opens this file as libtriton_onnxruntime.so; onnxruntime is the libonnxruntime.so that lies beside it. A model
-// has one session, which its instances share: weights are in memory once. Where a batch is one request, its tensors are
-// read and written where Triton holds them, in the client's shared memory too. No header of Triton is needed: what is
-// called of its C interface (1.x, only ever appended to) is declared here.
+// has one session, which its instances share: weights are in memory once. Where a batch is one request, its inputs are
+// read where Triton holds them. Buffers of answers are asked for when the run is over, and not held while it lasts: a
+// client may vanish meanwhile. No header of Triton is needed: what is called of its C interface (1.x, only ever appended
+// to) is declared here.
 //
 // Source: the interface is documented in triton-inference-server/core, include/triton/core/tritonbackend.h.
 #include "kernels/onnxruntime_c.h"
@@ -330,16 +331,13 @@ class Run {
     void work() {
         gather();
         choose();
-        place();
         began_ = now_ns();
         std::vector<const Value*> inputs;
-        std::vector<Value*> outputs;
+        std::vector<Value*> outputs(outputs_.size());  // null: onnxruntime makes them
         for (const auto& value : inputs_) inputs.push_back(value.get());
-        for (const auto& value : outputs_) outputs.push_back(value.get());
         Status* status = api_.run(served_.session.get(), names_.data(), inputs.data(), inputs.size(), wanted_.data(),
                                   wanted_.size(), outputs.data());
-        for (size_t i = 0; i < outputs.size(); ++i)
-            if (!outputs_[i]) outputs_[i] = {outputs[i], {api_}};
+        for (size_t i = 0; i < outputs.size(); ++i) outputs_[i] = {outputs[i], {api_}};
         ended_ = now_ns();
         ort(status);
         hand_out();
@@ -424,27 +422,6 @@ class Run {
             wanted_.push_back(result.name.c_str());
         }
         outputs_.resize(results_.size());
-        places_.resize(results_.size());
-    }
-
-    // Of a single request, the network writes to where Triton wants the answer.
-    void place() {
-        for (size_t i = 0; count_ == 1 && i < results_.size(); ++i) {
-            const Result& result = *results_[i];
-            Shape shape = result.shape;
-            if (served_.batched) shape.at(0) = batch_;
-            if (!result.kind->bytes || std::any_of(shape.begin(), shape.end(), [](int64_t size) { return size < 0; }))
-                continue;
-            const size_t bytes = product(shape) * result.kind->bytes;
-            places_[i] = buffer(responses_[0], result, shape, bytes);
-            if (reinterpret_cast<uintptr_t>(places_[i]) % kAligned) continue;  // made elsewhere and copied there
-            Value* value;
-            ort(api_.wrap(served_.runtime.memory.get(), places_[i], bytes, shape.data(), shape.size(),
-                          result.kind->onnx, &value));
-            outputs_[i] = {value, {api_}};
-            places_[i] = nullptr;
-            done_.push_back(i);
-        }
     }
 
     void* buffer(t::Response* response, const Result& result, const Shape& shape, size_t bytes) const {
@@ -461,7 +438,6 @@ class Run {
 
     void hand_out() {
         for (size_t i = 0; i < results_.size(); ++i) {
-            if (std::find(done_.begin(), done_.end(), i) != done_.end()) continue;
             const Result& result = *results_[i];
             TypeAndShape* info;
             ort(api_.type_and_shape(outputs_[i].get(), &info));
@@ -481,8 +457,7 @@ class Run {
             }
             if (!served_.batched || count_ == 1) {
                 const size_t bytes = result.kind->bytes ? product(shape) * result.kind->bytes : texts.size();
-                void* to = places_[i] ? places_[i] : buffer(responses_[0], result, shape, bytes);
-                std::memcpy(to, from, bytes);
+                std::memcpy(buffer(responses_[0], result, shape, bytes), from, bytes);
                 continue;
             }
             if (!result.kind->bytes) throw Failure{result.name + ": texts cannot be shared out over a batch"};
@@ -527,8 +502,6 @@ class Run {
     std::vector<const char*> names_, wanted_;
     std::vector<Owned<Value>> inputs_, outputs_;
     std::vector<const Result*> results_;
-    std::vector<void*> places_;  // where an output that is made elsewhere must go
-    std::vector<size_t> done_;   // outputs that the network writes to their place
 };
 
 void execute(t::Instance* instance, const Served& served, t::Request** requests, uint32_t count) {
