@@ -157,16 +157,18 @@ def faults(faults: tuple[str, ...], scale: str, repository: Path, as_json: bool,
 
     if not as_json:
         click.echo(HEADER)
+
+    def keep(row: dict[str, Any]) -> None:
+        if output:
+            _append(output, [row])
+        if as_json:
+            click.echo(json.dumps(row))
+
     try:
-        rows = measure(repository, faults or tuple(FAULTS), scale, lambda line: click.echo(line, err=as_json))
+        rows = measure(repository, faults or tuple(FAULTS), scale, lambda line: click.echo(line, err=as_json), keep)
     except ChebfaceError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    if output:
-        _append(output, rows)
-    if as_json:
-        for row in rows:
-            click.echo(json.dumps(row))
     if any(row["lost"] or row["failed"] for row in rows):
         sys.exit(1)
 

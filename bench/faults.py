@@ -382,6 +382,7 @@ def measure(
     faults: Sequence[str] = tuple(FAULTS),
     scale: str = "small",
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], object] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Try faults on real servers; a row for each.
 
@@ -390,6 +391,7 @@ def measure(
         faults: of FAULTS.
         scale: "small" tries each once, "full" often.
         say: told each row as it comes, in words.
+        keep: given each row as it comes: a later fault may end the run.
 
     Returns:
         Rows: tried, requests, answered, typed_errors, lost; `errors` by type, `checked` and `failed` are what else was
@@ -414,12 +416,13 @@ def measure(
                 if outcome.requests:
                     raise
                 row = outcome.row() | {"skipped": str(error)}
-            except ServerError as error:  # a server that did not come back; the other faults are tried all the same
+            except (ServerError, ConnectionError) as error:  # a server is away; the other faults are tried all the same
                 outcome.expect(False, "came back", str(error))
                 row = outcome.row()
             else:
                 row = outcome.row()
             rows.append(row | {"scale": scale})
+            keep(rows[-1])
             say(spell(rows[-1]))
     return rows
 

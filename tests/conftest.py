@@ -33,3 +33,11 @@ def astronaut() -> Path:
     import skimage
 
     return Path(skimage.__file__).parent / "data" / "astronaut.png"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository of stand-ins, quick to start; a module may spoil its own."""
+    from models_for_tests import write_repository
+
+    return write_repository(tmp_path_factory.mktemp("models"))

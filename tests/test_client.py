@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from models_for_tests import FACTS, python_backend, write_repository
+from models_for_tests import FACTS, python_backend
 from test_server import processes_of, stub_of
 
 from chebface import signature
@@ -31,11 +31,6 @@ from chebface.errors import (
 )
 from chebface.server import Server
 from chebface.signature import DECODE, MODELS, RECONSTRUCT, RECONSTRUCT_PHOTO, REGRESS, SERVED, Model, Tensor
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

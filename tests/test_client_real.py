@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from models_for_tests import FACTS, python_backend, write_repository
+from models_for_tests import FACTS, python_backend
 from test_server import stub_of
 
 from chebface import signature
@@ -29,11 +29,6 @@ from chebface.client.wire import Address, Deadline, Failure
 from chebface.errors import ConfigError, InputError, ServerBusyError, ServerError, ServerUnavailableError
 from chebface.server import Server
 from chebface.signature import DECODE, REGRESS, Model
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from chebface import wheel
 from chebface.cli_serve import serve
 from chebface.proxy import SHOWN, Proxy, Upstream, _spell_tokens, show
 from chebface.server import HARDENED, RESTRICTED, Server
-from chebface.signature import MODELS
+from chebface.signature import MODELS, RECONSTRUCT
 
 METRIC = re.compile(r"\bnv_[a-z0-9_]+")
 
@@ -67,6 +67,13 @@ def test_models_and_quantiles_that_are_named_exist(server: Server) -> None:
         text = show(what).replace('\\"', '"')
         for names in re.findall(r'model=~?"([a-z|]+)"', text):
             assert set(names.split("|")) <= MODELS.keys()
+
+
+@pytest.mark.parametrize("what", ["prometheus", "grafana", "kubernetes"])
+def test_queues_are_looked_at_where_faces_wait(what: str) -> None:
+    text = show(what).replace('\\"', '"')
+    found = re.findall(r'(?:queue_duration_us|pending_request_count|queue_us:mean1m)\{model=~?"([a-z|]+)"', text)
+    assert found and all(RECONSTRUCT.name in names.split("|") for names in found)
 
 
 def test_prometheus_rules_have_their_parts() -> None:

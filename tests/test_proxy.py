@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models_for_tests import write_repository
 
 from chebface import proxy as proxy_module
 from chebface.canary import draw_face, run_here
@@ -48,11 +47,6 @@ def free_ports() -> dict[str, int]:
         one.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
         return {"grpc_port": one.getsockname()[1], "http_port": other.getsockname()[1]}
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

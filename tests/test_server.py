@@ -21,7 +21,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from models_for_tests import python_backend, stand_in, write_repository
+from models_for_tests import python_backend, stand_in
 
 from chebface import server as server_module
 from chebface.errors import (
@@ -37,11 +37,6 @@ from chebface.repository import check_repository
 from chebface.server import Server, stop_signals
 from chebface.signature import DECODE, LEAVES, MODELS
 from chebface.wheel import find_wheel, make_environment, ngc_command
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from models_for_tests import stand_in, write_repository
+from models_for_tests import stand_in
 from test_proxy import free_ports, needs_nginx
 
 from chebface import canary
@@ -33,11 +33,6 @@ from chebface.signature import RECONSTRUCT
 from chebface.supervise import supervise, write_event
 
 TOKEN = "0123456789abcdef"
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_repository(tmp_path_factory.mktemp("models"))
 
 
 @contextmanager

@@ -229,7 +229,6 @@ struct Runtime {
 struct Result {  // an output of the model
     std::string name;
     const Kind* kind;
-    Shape shape;
 };
 
 struct Served {
@@ -272,7 +271,7 @@ struct Served {
         ort(api.allocator(&allocator));
         char* name;
         ort(api.output_name(session.get(), index, allocator, &name));
-        Result result{name, nullptr, {}};
+        Result result{name, nullptr};
         ort(api.free(allocator, name));
         TypeInfo* made;
         ort(api.output_type(session.get(), index, &made));
@@ -280,9 +279,8 @@ struct Served {
         const TypeAndShape* info;
         ort(api.tensor_info(made, &info));
         if (!info) throw Failure{result.name + ": expected a tensor"};
-        const Outline found = outline(api, info);
-        result.shape = found.shape;
-        result.kind = &find_kind(result.name, [&](const Kind& kind) { return kind.onnx == found.type; });
+        const int type = outline(api, info).type;
+        result.kind = &find_kind(result.name, [&](const Kind& kind) { return kind.onnx == type; });
         return result;
     }
 };
@@ -317,6 +315,11 @@ Tensor read(t::Input* input) {
     return tensor;
 }
 
+struct Account {  // of a run, for Triton's statistics
+    int64_t batch = 0;
+    uint64_t began = 0, ended = 0;
+};
+
 class Run {
   public:
     Run(const Served& served, t::Request** requests, t::Response** responses, uint32_t count,
@@ -324,21 +327,18 @@ class Run {
         : served_(served), api_(served.runtime.api), requests_(requests), responses_(responses), count_(count),
           scratch_(scratch) {}
 
-    int64_t batch() const { return batch_; }
-    uint64_t began() const { return began_; }
-    uint64_t ended() const { return ended_; }
-
-    void work() {
+    void work(Account& account) {
         gather();
         choose();
-        began_ = now_ns();
+        account.began = now_ns();
         std::vector<const Value*> inputs;
         std::vector<Value*> outputs(outputs_.size());  // null: onnxruntime makes them
         for (const auto& value : inputs_) inputs.push_back(value.get());
         Status* status = api_.run(served_.session.get(), names_.data(), inputs.data(), inputs.size(), wanted_.data(),
                                   wanted_.size(), outputs.data());
         for (size_t i = 0; i < outputs.size(); ++i) outputs_[i] = {outputs[i], {api_}};
-        ended_ = now_ns();
+        account.ended = now_ns();
+        account.batch = batch_;
         ort(status);
         hand_out();
     }
@@ -496,7 +496,6 @@ class Run {
     uint32_t count_;
     std::vector<std::vector<char>>& scratch_;
     int64_t batch_ = 0;
-    uint64_t began_ = 0, ended_ = 0;
     std::vector<int64_t> sizes_;                   // faces of each request
     std::vector<std::vector<std::string>> asked_;  // outputs of each request
     std::vector<const char*> names_, wanted_;
@@ -508,12 +507,12 @@ void execute(t::Instance* instance, const Served& served, t::Request** requests,
     static thread_local std::vector<std::vector<char>> scratch;
     const uint64_t began = now_ns();
     std::vector<t::Response*> responses(count, nullptr);
-    Run run(served, requests, responses.data(), count, scratch);
+    Account account;
     const bool open = gate().enter();
     t::Error* error = guard("onnxruntime", [&] {
         for (uint32_t r = 0; r < count; ++r) check(t::TRITONBACKEND_ResponseNew(&responses[r], requests[r]));
         if (!open) throw Failure{"the server is stopping"};
-        run.work();
+        Run(served, requests, responses.data(), count, scratch).work(account);
     });
     const std::string text = error ? t::TRITONSERVER_ErrorMessage(error) : "";
     const t::ErrorCode code = open ? t::kInternal : t::kUnavailable;
@@ -525,12 +524,13 @@ void execute(t::Instance* instance, const Served& served, t::Request** requests,
     // What a first run made is destroyed before what was there: the handler must be younger than all of it.
     std::call_once(served.ran, [] { std::atexit([] { gate().close(); }); });
     const uint64_t ended = now_ns();
-    const uint64_t compute_began = run.began() ? run.began() : ended, compute_ended = run.ended() ? run.ended() : ended;
+    const uint64_t compute_began = account.began ? account.began : ended;
+    const uint64_t compute_ended = account.ended ? account.ended : ended;
     for (uint32_t r = 0; r < count; ++r)
         ignore(t::TRITONBACKEND_ModelInstanceReportStatistics(instance, requests[r], !error, began, compute_began,
                                                               compute_ended, ended));
-    if (!error && run.batch())
-        ignore(t::TRITONBACKEND_ModelInstanceReportBatchStatistics(instance, uint64_t(run.batch()), began,
+    if (!error && account.batch)
+        ignore(t::TRITONBACKEND_ModelInstanceReportBatchStatistics(instance, uint64_t(account.batch), began,
                                                                    compute_began, compute_ended, ended));
     for (uint32_t r = 0; r < count; ++r) ignore(t::TRITONBACKEND_RequestRelease(requests[r], t::kReleaseAll));
     ignore(error);
