@@ -161,6 +161,7 @@ class _Course:
         cuts = np.percentile(times[0], PERCENTILES)
         facts |= {f"p{cut}_ms": round(float(value), 4) for cut, value in zip(PERCENTILES, cuts, strict=True)}
         facts |= {"served_threads": self.config.threads, "instances": self.config.instances, "pass": "forward"}
+        facts |= {"runtime": self.server.runtime}
         return make_record(bench="serve", case=case, implementation=implementation, rival=rival, times=times, **facts)
 
     def ways(self, crop: np.ndarray, callers: int) -> dict[str, Callable[[], Sequence[np.ndarray]]]:

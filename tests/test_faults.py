@@ -192,6 +192,21 @@ def test_a_server_that_does_not_come_back_is_a_failure(repository: Path, monkeyp
     assert row["failed"] == ["came back: no 'ready' within 180 s"] and row["answered"] == 1
 
 
+def test_rows_are_kept_as_they_come_whatever_follows(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(bed: Bed, outcome: Outcome) -> None:
+        raise ConnectionRefusedError("nobody listens")
+
+    def broken(bed: Bed, outcome: Outcome) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(FAULTS, "disk full", refused)
+    monkeypatch.setitem(FAULTS, "slow clients", broken)
+    kept: list[dict] = []
+    with pytest.raises(ZeroDivisionError):
+        measure(repository, ["disk full", "slow clients"], keep=kept.append)
+    assert [row["failed"] for row in kept] == [["came back: nobody listens"]]
+
+
 def test_a_backend_that_is_not_there_is_said(bed: Bed) -> None:
     served = Served.__new__(Served)
     served.events = [{"event": "ready", "pid": 1}]
