@@ -58,6 +58,7 @@ class Outcome:
         self.why: list[str] = []  # of what was lost, as far as it is known
         self.checked: list[str] = []
         self.failed: list[str] = []
+        self._texts: dict[str, str] = {}
         self._lock = threading.Lock()
 
     @property
@@ -81,6 +82,7 @@ class Outcome:
             lost = fate()
         except ChebfaceError as error:
             said = type(error).__name__
+            self._texts.setdefault(said, str(error))
             if isinstance(error, InputError):  # of this program, not of a server
                 said, lost = None, str(error)
         except Exception as error:  # what no client should ever see
@@ -94,11 +96,16 @@ class Outcome:
                 self.why.append(lost[:300])
         return said
 
+    def told(self) -> str:
+        """How many errors of each type there were, and the first of each in its words."""
+        return "; ".join(f"{count} {name}, the first: {self._texts[name]}" for name, count in self.errors.items())
+
     def absorb(self, other: Outcome) -> None:
         """Count another's requests as one's own."""
         self.requests += other.requests
         self.answered += other.answered
         self.errors += other.errors
+        self._texts = other._texts | self._texts
         self.why += other.why
 
     def row(self) -> dict[str, Any]:
@@ -256,7 +263,7 @@ class Load:
         wanted, deadline = self._outcome.answered + count, time.monotonic() + most_s
         while self._outcome.answered < wanted:
             if time.monotonic() > deadline:
-                raise ServerUnavailableError(f"no {count} answers within {most_s:g} s: {dict(self._outcome.errors)}")
+                raise ServerUnavailableError(f"no {count} answers within {most_s:g} s: {self._outcome.told()}")
             time.sleep(0.01)
 
     def __enter__(self) -> Load:

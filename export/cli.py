@@ -200,7 +200,7 @@ def _serving(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=1),
             default=INSTANCES,
             show_default=True,
-            help="How many of the network run side by side, a thread each: as many as the server has cores.",
+            help="How many of each network run side by side, a thread each: two or more than the server has cores.",
         ),
         click.option(
             "--version",

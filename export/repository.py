@@ -23,14 +23,16 @@ from chebface.repository import (
     model_code,
     use_backend,
 )
-from chebface.signature import CROP, LEAVES, MODELS, OPTIONAL, PRIORITIES, SERVED, Model, Tensor
+from chebface.signature import LEAVES, MODELS, OPTIONAL, PRIORITIES, SERVED, Model, Tensor
 from export.folder import find_changed, read_manifest, read_record
 from export.graphs import check_graph
 
 TARGETS = ("ngc", "pip")
 QUEUE_SIZE = 64  # requests that wait before the server refuses: what comes later would have waited in vain
 QUEUE_TIMEOUT_US = 2_000_000  # the longest that a request may wait; a client's own deadline only shortens it
-INSTANCES = 2  # of what takes crops, a thread each: as many as the smallest machine has cores
+# Of a network, a thread each. More than cores: Triton says that an instance is free just before it is, and where none
+# other is idle, a batch that could begin is then begun half a second later, or when the next request comes.
+INSTANCES = 4
 PHOTO_INSTANCES = 2  # one reads and detects while another's faces are in the network
 # What a running leaf holds under --rate-limit=execution_count; no program does, or it would wait for itself.
 CORE = "core"
@@ -89,7 +91,7 @@ def config_text(
     Args:
         model: of signature.py.
         version: the one that is served.
-        instances: side by side; None is INSTANCES of what takes crops, PHOTO_INSTANCES of a program, else 1.
+        instances: side by side; None is PHOTO_INSTANCES of a program, INSTANCES of what takes batches, else 1.
         precision: of the leaf's file.
         capabilities: of the GPUs that there are engines for, as "8.9"; none serves the ONNX file on the CPU.
         detector: which one a program uses, by its name for `open_detector`.
@@ -113,7 +115,7 @@ def config_text(
     facts = {"chebface.signature": signature.digest()}
     kind = "KIND_GPU" if capabilities else "KIND_CPU"
     holds = "" if capabilities or model.program else f' rate_limiter {{ resources [ {{ name: "{CORE}" count: 1 }} ] }}'
-    count = instances or (PHOTO_INSTANCES if model.program else INSTANCES if _takes_crops(model) else 1)
+    count = instances or (PHOTO_INSTANCES if model.program else INSTANCES if model.batched else 1)
     text += f"instance_group [ {{ count: {count} kind: {kind}{holds} }} ]\n"
     if model.batched or model.program:
         text += (
@@ -127,10 +129,6 @@ def config_text(
         return text + _parameters(facts | how)
     threads = {} if capabilities else {"intra_op_thread_count": "1", "inter_op_thread_count": "1"}
     return text + _warmup(model) + _parameters(threads | facts | {"chebface.precision": precision})
-
-
-def _takes_crops(model: Model) -> bool:
-    return CROP in model.inputs
 
 
 def _plan_name(capability: str) -> str:
@@ -202,7 +200,7 @@ def fill_repository(
         target: "ngc" for the native backends of NVIDIA's container (`chebface serve` reads it as well), "pip" for a
             tritonserver that has the Python backend alone.
         version: the one to write and to serve; the files of other versions stay.
-        instances: how many of regress and of reconstruct run side by side, a thread each on a CPU.
+        instances: how many of each network run side by side, a thread each on a CPU.
         photo_instances: how many of reconstruct_photo do: photos that are read and searched at once.
         detector: what it searches with, by its name for `open_detector`.
         engines: folder of TensorRT engines built from these very files; their models are then served by them.
@@ -229,7 +227,7 @@ def fill_repository(
         text = config_text(
             model,
             version=version,
-            instances=photo_instances if model.program else instances if _takes_crops(model) else None,
+            instances=photo_instances if model.program else instances if model.batched else None,
             precision=entry.get("precision", "fp32"),
             capabilities=tuple(plans.get(name, ())),
             detector=detector,

@@ -121,13 +121,13 @@ def stand_in(model: Model) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def write_repository(folder: Path) -> Path:
-    """A whole model repository of stand-ins, quick to start."""
+def write_repository(folder: Path, instances: int | None = 1) -> Path:
+    """A whole model repository of stand-ins, quick to start; without `instances`, as many as an export has."""
     for name, model in SERVED.items():
         version = folder / name / "1"
         version.mkdir(parents=True)
         (folder / name / "config.pbtxt").write_text(
-            config_text(model, instances=1, detector_opened="at the first photo")
+            config_text(model, instances=instances, detector_opened="at the first photo")
         )
         if name in LEAVES:
             onnx.save(stand_in(model), version / "model.onnx")

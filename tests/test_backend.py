@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +50,16 @@ def run_here(repository: Path, model: Model, array: np.ndarray) -> dict[str, np.
     return dict(zip(names, session.run(names, {model.inputs[0].name: array}), strict=True))
 
 
+def read_statistics(server: Server, model: Model) -> tuple[int, int, int]:
+    """Faces, runs and requests so far, by Triton."""
+    url = f"{server.http_url}/v2/models/{model.name}/stats"
+    with urllib.request.urlopen(urllib.request.Request(url, headers=dict([server.admin_header])), timeout=10) as answer:
+        stats = json.load(answer)["model_stats"][0]
+    times = stats["inference_stats"]
+    assert all(times[part]["ns"] > 0 for part in ("queue", "compute_input", "compute_infer", "compute_output"))
+    return stats["inference_count"], stats["execution_count"], times["success"]["count"]
+
+
 def draw(batch: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (batch, 112, 112, 3), dtype=np.uint8)
 
@@ -88,6 +101,7 @@ def test_requests_that_share_a_run_get_their_own_answers(server: Server, reposit
     sizes = [1 + k % 5 for k in range(48)]
     wanted = [run_here(repository, RECONSTRUCT, draw(size, k)) for k, size in enumerate(sizes)]
     found: dict[int, dict[str, np.ndarray]] = {}
+    faces, runs, requests = read_statistics(server, RECONSTRUCT)
     with Client(server.url, retry=Retry(attempts=1), shared_memory="off") as client:
 
         def work(k: int) -> None:
@@ -104,6 +118,12 @@ def test_requests_that_share_a_run_get_their_own_answers(server: Server, reposit
         assert len(arrays) == (1 if k % 3 == 0 else len(RECONSTRUCT.outputs))
         for name, value in arrays.items():
             np.testing.assert_allclose(value, wanted[k][name], atol=1e-6)
+    deadline = time.monotonic() + 5  # what is counted is counted after the answer has left
+    while (now := read_statistics(server, RECONSTRUCT))[2] < requests + len(sizes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    faces_now, runs_now, requests_now = now
+    assert (faces_now - faces, requests_now - requests) == (sum(sizes), len(sizes))
+    assert runs < runs_now <= runs + len(sizes)
 
 
 def test_tensors_that_lie_askew_are_read_all_the_same(server: Server, repository: Path) -> None:
@@ -134,23 +154,10 @@ def test_tensors_that_lie_askew_are_read_all_the_same(server: Server, repository
 
 
 def test_statistics_count_faces_and_runs(server: Server, client: Client) -> None:
-    import json
-    import urllib.request
-
-    def read() -> tuple[int, int, int]:
-        request = urllib.request.Request(
-            f"{server.http_url}/v2/models/decode/stats", headers=dict([server.admin_header])
-        )
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            stats = json.load(answer)["model_stats"][0]
-        times = stats["inference_stats"]
-        assert all(times[part]["ns"] > 0 for part in ("queue", "compute_input", "compute_infer", "compute_output"))
-        return stats["inference_count"], stats["execution_count"], times["success"]["count"]
-
     ask(client, DECODE, np.zeros((1, params.TOTAL), np.float32))
-    faces, runs, requests = read()
+    faces, runs, requests = read_statistics(server, DECODE)
     ask(client, DECODE, np.zeros((7, params.TOTAL), np.float32))
-    assert read() == (faces + 7, runs + 1, requests + 1)
+    assert read_statistics(server, DECODE) == (faces + 7, runs + 1, requests + 1)
 
 
 def _spoil(path: Path, message: str) -> None:

@@ -40,7 +40,7 @@ BEHIND_NGINX = [name for name in FAULTS if "nginx" in name or "inputs" in name o
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stand-ins as an export leaves them."""
-    folder = write_repository(tmp_path_factory.mktemp("models"))
+    folder = write_repository(tmp_path_factory.mktemp("models"), instances=None)
     shutil.rmtree(folder / ENCODE.name)  # optional, and without a model file
     (folder / RECONSTRUCT_PHOTO.name / "1" / "model.py").write_text(model_code(RECONSTRUCT_PHOTO))
     for path in folder.glob("*/1/model.onnx"):

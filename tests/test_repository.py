@@ -65,7 +65,7 @@ def test_committed_config_is_what_signature_gives(name: str) -> None:
 def test_leaf_says_what_the_server_would_guess(name: str) -> None:
     config = parse(LEAVES[name])
     assert (config.backend, config.platform) == ("onnxruntime", "")
-    count = 2 if name in ("regress", "reconstruct") else 1
+    count = 4 if LEAVES[name].batched else 1
     assert [(group.count, group.kind) for group in config.instance_group] == [
         (count, model_config_pb2.ModelInstanceGroup.KIND_CPU)
     ]
@@ -208,7 +208,7 @@ def test_older_version_stays_beside_the_one_that_is_served(source: Path, tmp_pat
     assert "decode/2/model.onnx" in report["changed"]
     assert (models / "decode" / "1" / "model.onnx").is_file()
     assert find_model(models, "decode") == models / "decode" / "2" / "model.onnx"
-    for name, count in (("reconstruct", 3), ("regress", 3), ("decode", 1)):
+    for name, count in (("reconstruct", 3), ("decode", 3), ("topology", 1)):
         text = (models / name / "config.pbtxt").read_text()
         assert "versions: [ 2 ]" in text and f"count: {count} kind" in text
     photo = (models / "reconstruct_photo" / "config.pbtxt").read_text()

@@ -12,6 +12,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
@@ -20,6 +21,8 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
+#include <thread>
 
 // ---- Triton's C interface -------------------------------------------------------------------------------------------
 
@@ -235,6 +238,7 @@ struct Served {
     const Runtime& runtime;
     Owned<Session> session;
     std::vector<Result> results;
+    int threads;  // of a run
     bool batched;
     mutable std::once_flag ran;
 
@@ -245,7 +249,8 @@ struct Served {
         SessionOptions* made;
         ort(api.create_options(&made));
         const Owned<SessionOptions> options(made, {api});
-        ort(api.set_threads(made, find_count(config, "intra_op_thread_count", 1)));
+        threads = find_count(config, "intra_op_thread_count", 1);
+        ort(api.set_threads(made, threads));
         ort(api.set_inter_threads(made, find_count(config, "inter_op_thread_count", 1)));
         ort(api.configure(made, "session.intra_op.allow_spinning", "0"));  // the cores are shared
         const std::string operators = folder + "/operators.so";
@@ -536,6 +541,30 @@ void execute(t::Instance* instance, const Served& served, t::Request** requests,
     ignore(error);
 }
 
+// Triton gives what waits to the first instance that is idle; where cores are idle too, they share it.
+void share_out(t::Instance* instance, const Served& served, t::Request** requests, uint32_t count) {
+    static const int cores = int(std::thread::hardware_concurrency());
+    static std::atomic<int> at_work{0};
+    const int idle = cores / std::max(served.threads, 1) - ++at_work;
+    const uint32_t parts = std::min(count, uint32_t(1 + std::max(idle, 0)));
+    at_work += int(parts) - 1;
+    const auto run = [&](uint32_t part) {
+        const uint32_t first = count * part / parts, last = count * (part + 1) / parts;
+        execute(instance, served, requests + first, last - first);
+        --at_work;
+    };
+    std::vector<std::thread> others;
+    others.reserve(parts - 1);
+    uint32_t next = 1;
+    try {
+        for (; next < parts; ++next) others.emplace_back(run, next);
+    } catch (const std::system_error&) {  // no thread to be had: one after the other, then
+        for (; next < parts; ++next) run(next);
+    }
+    run(0);
+    for (std::thread& other : others) other.join();
+}
+
 }  // namespace
 
 // ---- what Triton calls ----------------------------------------------------------------------------------------------
@@ -607,7 +636,7 @@ t::Error* TRITONBACKEND_ModelInstanceExecute(t::Instance* instance, t::Request**
     if (t::Error* error = t::TRITONBACKEND_ModelState(model, &served)) return error;
     const Served& known = *static_cast<const Served*>(served);
     if (known.batched)
-        execute(instance, known, requests, count);
+        share_out(instance, known, requests, count);
     else
         for (uint32_t r = 0; r < count; ++r) execute(instance, known, requests + r, 1);
     return nullptr;
