@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -480,8 +481,13 @@ def simplify_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
     return made
 
 
-def check_graph(proto: onnx.ModelProto, model: Model, where: str) -> None:
+def check_graph(graph: onnx.ModelProto | Path, model: Model, where: str) -> None:
     """Check a graph by itself and against signature.py.
+
+    Args:
+        graph: in memory, or its file: beyond 2 GB there is no other way.
+        model: that it should be.
+        where: begins the text of an error.
 
     Raises:
         AssetError: it is broken, too new, or its inputs and outputs are not those of the model.
@@ -489,10 +495,10 @@ def check_graph(proto: onnx.ModelProto, model: Model, where: str) -> None:
     import onnx
 
     try:
-        onnx.checker.check_model(proto, full_check=True)
-        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+        onnx.checker.check_model(graph, full_check=True)  # shapes too, strictly
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise AssetError(f"{where}: not a valid ONNX graph ({error}); export it again") from error
+    proto = onnx.load(graph, load_external_data=False) if isinstance(graph, Path) else graph
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     if proto.ir_version > MAX_IR or opsets.get("", 0) > NEWEST:
         raise AssetError(

@@ -375,8 +375,8 @@ def _read_export(source: Path) -> dict[str, Any]:
     heads = set()
     for name, entry in manifest["files"].items():
         path = source / entry["file"]
-        proto = onnx.load(str(path))
-        check_graph(proto, MODELS[name], str(path))
+        check_graph(path, MODELS[name], str(path))
+        proto = onnx.load(path, load_external_data=False)
         heads.add({item.key: item.value for item in proto.metadata_props}.get("chebface.head_sha256"))
     if len(heads) != 1 or None in heads:
         raise AssetError(f"{source}: its files were exported for different heads; run `python -m export onnx --force`")

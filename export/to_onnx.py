@@ -263,7 +263,7 @@ def _opens(path: Path, model: Model) -> bool:
     from google.protobuf.message import DecodeError
 
     try:
-        check_graph(onnx.load(path), model, path.name)
+        check_graph(path, model, path.name)
     except (OSError, DecodeError, AssetError, onnx.checker.ValidationError):
         return False
     return True
@@ -490,7 +490,7 @@ def _commit() -> str:
 
 
 def _write(path: Path, proto: onnx.ModelProto, model: Model, metadata: dict[str, str]) -> None:
-    """Strip what names this machine, add our facts, check, and write the same bytes for the same graph."""
+    """Strip what names this machine, add our facts, write the same bytes for the same graph, and check the file."""
     for item in (proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         item.ClearField("doc_string")
         item.ClearField("metadata_props")
@@ -503,11 +503,10 @@ def _write(path: Path, proto: onnx.ModelProto, model: Model, metadata: dict[str,
     proto.ClearField("metadata_props")
     for key, value in sorted(metadata.items()):
         proto.metadata_props.add(key=key, value=value)
-    check_graph(proto, model, path.name)
     if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) <= LARGEST:
         path.write_bytes(proto.SerializeToString(deterministic=True))
-        return
-    import onnx
+    else:
+        import onnx
 
-    onnx.save(proto, path, save_as_external_data=True, location=_beside(path).name, size_threshold=_SMALLEST)
-    onnx.checker.check_model(str(path), full_check=True)
+        onnx.save(proto, path, save_as_external_data=True, location=_beside(path).name, size_threshold=_SMALLEST)
+    check_graph(path, model, path.name)
