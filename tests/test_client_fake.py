@@ -367,6 +367,28 @@ def test_a_group_waits_for_its_share_and_not_for_ever(monkeypatch: pytest.Monkey
     assert sizes == [3, 3, 1]
 
 
+def test_a_group_does_not_wait_for_who_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, sizes = threading.Event(), []
+
+    def send(crops: np.ndarray, deadline: Deadline) -> tuple[np.ndarray, ...]:
+        sizes.append(len(crops))
+        gate.wait(5)
+        return (crops,)
+
+    monkeypatch.setattr(stream, "LINGER_S", 30.0)
+    batcher = Batcher(send, 8, callers=3)
+    threads = [threading.Thread(target=batcher.ask, args=(np.zeros((1, 1)), Deadline(1))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 5
+    while len(sizes) < 2 and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    gate.set()
+    for thread in threads:
+        thread.join(5)
+    assert sizes == [2, 1]
+
+
 def test_async_is_the_same_client(fake: FakeTransport, tmp_path: Path) -> None:
     async def numbers() -> AsyncIterator[np.ndarray]:
         for k in range(12):

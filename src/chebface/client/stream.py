@@ -35,7 +35,8 @@ class _Item:
 
 class Batcher:
     """Groups what threads ask at the same time: a request leaves when fewer than IN_FLIGHT are out, and it has its
-    share of the callers or has waited LINGER_S for it. Without the wait, who is answered first would be back alone."""
+    share of the callers, or all that are not out, or has waited LINGER_S for them. Without the wait, who is answered
+    first would be back alone."""
 
     def __init__(self, send: Sender, max_batch: int, callers: int) -> None:
         """
@@ -45,10 +46,10 @@ class Batcher:
             callers: threads that ask; up to IN_FLIGHT of them never wait for each other.
         """
         self._send, self._max_batch = send, max_batch
-        self._share = min(max_batch, -(-callers // IN_FLIGHT))
+        self._callers, self._share = callers, min(max_batch, -(-callers // IN_FLIGHT))
         self._lock = threading.Lock()
         self._waiting: deque[_Item] = deque()
-        self._out, self._freed = 0, 0.0
+        self._out, self._carried, self._freed = 0, 0, 0.0
 
     def ask(self, crops_u8: np.ndarray, deadline: Deadline) -> Arrays:
         """As `send`, for at most max_batch crops; the request may carry those of other threads too.
@@ -77,8 +78,7 @@ class Batcher:
         if self._out == IN_FLIGHT or item not in self._waiting:
             return [], None
         left_s = max(self._waiting[0].since, self._freed) + LINGER_S - time.monotonic()
-        if len(self._waiting) >= self._share or left_s <= 0:
-            self._out += 1
+        if len(self._waiting) >= min(self._share, self._callers - self._carried) or left_s <= 0:
             return self._take(), None
         return [], left_s if item is self._waiting[0] else None
 
@@ -90,6 +90,7 @@ class Batcher:
             count += len(group[-1].crops_u8)
         if self._waiting:
             self._waiting[0].wake.set()
+        self._out, self._carried = self._out + 1, self._carried + len(group)
         return group
 
     def _serve(self, group: list[_Item]) -> None:
@@ -106,7 +107,7 @@ class Batcher:
                 item.error = error if k == 0 else _copy(error)
         finally:
             with self._lock:
-                self._out, self._freed = self._out - 1, time.monotonic()
+                self._out, self._carried, self._freed = self._out - 1, self._carried - len(group), time.monotonic()
                 woken = [*group, *list(self._waiting)[:1]]
                 for item in group:
                     item.done = True
