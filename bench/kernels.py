@@ -28,7 +28,7 @@ FORWARD, GRADIENT = 2e-6, 1e-5  # of float32 against the definition in float64, 
 RIVAL = 1e-4  # the rival has to compute the same
 RIVAL_NAME = "torch-geometric"
 TURN_S = 0.05  # each side runs for so long before the other does: neither pays for the other's caches
-REST_S = 0.05  # before each turn: threads of onnxruntime look for work for 30 ms after a call, on the other side's cores
+REST_S = 0.05  # before each turn: onnxruntime's threads look for work for 30 ms after a call, on the other's cores
 MEMORY_BATCH = 64
 
 
