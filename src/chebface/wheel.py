@@ -107,6 +107,4 @@ def make_environment(wheel: Wheel, libraries: Path) -> dict[str, str]:
         **os.environ,
         "PATH": f"{programs}:{os.environ.get('PATH', os.defpath)}",
         "LD_LIBRARY_PATH": f"{wheel.libraries}:{libraries}",
-        # glibc would give each of many threads a heap of its own: a tenth more memory, and it grows for longer.
-        "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "2"),
     }
