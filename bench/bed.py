@@ -266,13 +266,17 @@ class Load:
                 raise ServerUnavailableError(f"no {count} answers within {most_s:g} s: {self._outcome.told()}")
             time.sleep(0.01)
 
+    def rest(self) -> None:
+        """No further requests; those that are on their way go on."""
+        self._over.set()
+
     def __enter__(self) -> Load:
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *ignored: object) -> None:
-        self._over.set()
+        self.rest()
         deadline = time.monotonic() + (self._each or 1) * (DEADLINE_S + GRACE_S)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))  # what does not come back is lost: it has no fate
