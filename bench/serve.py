@@ -72,7 +72,7 @@ def measure(
     `refused_p99_ms`, memory before, most and after.
     peer: crop to vertices, against the demo's backbone and mapping and then smplx's FLAME in torch eager, one face at
     a time: `ratio` of the medians, `throughput_ratio` with 8 callers; the demo weights in fp32 and, with our decode and
-    its basis in half, in int8, exported for it, with as many instances as the repository has.
+    its basis in fixed point, in int8, exported for it, with as many instances as the repository has.
 
     Args:
         seconds: of each row.
@@ -409,7 +409,7 @@ def _peer(repository: Path, work: Path, folder: Path, seconds: float, say: Say) 
         wanted = Flame(head).decode(regressor(normalize_crop(torch.from_numpy(crops))))[0].numpy()
         each = np.concatenate([loop(crops[k : k + 1]).copy() for k in range(len(crops))])
         latency._check_mm("peer", each, wanted, latency.SMPLX_MM)
-        own = ("--operators", "native", "--basis", "fp16")
+        own = ("--operators", "native", "--basis", "fixed")
         for precision, options, limits in (("fp32", (), latency.FLOAT_MM), ("int8", own, latency.INT8_MM)):
             say(f"exporting the demo weights in {precision}")
             where = folder / precision

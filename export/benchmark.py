@@ -262,7 +262,7 @@ class _Shop:
             if self.model is not REGRESS:
                 yield _Format("native operators", "fp32", "fp32", functools.partial(self._native, "fp32"))
             if self.model is DECODE:
-                yield _Format("native operators", "fp16 basis", "fp16", functools.partial(self._native, "fp16"))
+                yield _Format("native operators", "fixed basis", "fixed", functools.partial(self._native, "fixed"))
             for each in kept:
                 yield _Format("OpenVINO", each, each, functools.partial(self._openvino, each))
         for each in kept:

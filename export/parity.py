@@ -33,6 +33,7 @@ from chebface.signature import (
     Model,
     Tensor,
 )
+from export.custom import basis_of
 from export.precision import PRECISIONS, check_crops, emulate, open_session, precision_of
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     from chebface.regressor import Regressor
 
 # Mean and most that a vertex may move, mm. bf16 has three bits fewer than fp16: 0.06 and 0.4 were measured on the demo
-# weights, where fp16 had 0.009 and 0.04.
-LIMITS = {"fp32": (0.001, 0.01), "fp16": (0.05, 0.5), "bf16": (0.2, 1.5), "int8": (0.5, 2.0)}
+# weights, where fp16 had 0.009 and 0.04. `fixed` is a basis of `decode`, the others are precisions.
+LIMITS = {"fp32": (0.001, 0.01), "fixed": (0.01, 0.05), "fp16": (0.05, 0.5), "bf16": (0.2, 1.5), "int8": (0.5, 2.0)}
 DEVICES = ("cpu", "cuda")
 HALF = VERTICES_HALF.name  # judged as fp16 is
 LIMIT_COSINE = 1e-5  # from 1, between descriptors of `encode`, which is float32 always
@@ -74,7 +75,8 @@ class ParityError(ChebfaceError):
 class Parity:
     """How far an export is from float32 torch. `report()` is its JSON."""
 
-    precision: str  # of the regressor; everything else is float32
+    precision: str  # of the regressor
+    basis: str  # of the head in `decode`; everything else is float32
     computed_in: str
     crops: int
     source: str  # of the crops
@@ -92,7 +94,12 @@ class Parity:
         """JSON-able: all but the vertices, with limits and whether they are kept."""
         facts = asdict(self)
         del facts["per_vertex_mm"]
-        return facts | {"limit_mm": list(LIMITS[self.precision]), "passed": not _failures(self, self.precision)}
+        return facts | {"limit_mm": list(LIMITS[self.limits]), "passed": not _failures(self, self.limits)}
+
+    @property
+    def limits(self) -> str:
+        """Whose limits the whole has to keep."""
+        return self.basis if self.precision == "fp32" else self.precision
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,7 @@ def measure(
     px = np.linalg.norm(_landmarks_px(chained[1], found) - _landmarks_px(truth.landmarks, truth.parameters), axis=-1)
     return Parity(
         precision=precision,
+        basis=basis_of(_read(paths[DECODE.name])),
         computed_in=_COMPUTED_IN[precision] if device == DEVICES[0] else "as the files say, on this GPU",
         crops=len(crops_u8),
         source=source,
@@ -210,7 +218,7 @@ def check_device(device: str) -> None:
 
 
 def check(parity: Parity, precision: str | None = None) -> None:
-    """Make sure that an export keeps the limits of its precision; its float32 files keep those of float32.
+    """Make sure that an export keeps the limits of its precision; its other files keep those of float32 or the basis.
 
     Args:
         parity: what was measured.
@@ -220,7 +228,7 @@ def check(parity: Parity, precision: str | None = None) -> None:
         ConfigError: unknown precision.
         ParityError: a limit is not kept; every one is named.
     """
-    precision = precision or parity.precision
+    precision = precision or parity.limits
     if precision not in LIMITS:
         raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if failures := _failures(parity, precision):
@@ -509,7 +517,7 @@ def _failures(parity: Parity, precision: str) -> list[str]:
     return [
         failure
         for name, found in {"crop to vertices": whole, **parity.artefacts}.items()
-        for failure in find_failures(name, found, {DECODE.name: "fp32", HALF: "fp16"}.get(name, precision))
+        for failure in find_failures(name, found, {DECODE.name: parity.basis, HALF: "fp16"}.get(name, precision))
     ]
 
 

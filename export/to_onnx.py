@@ -111,7 +111,7 @@ def export_onnx(
         opset: of the graphs.
         operators: of decode and encode: "standard", or "native" for our own kernels, which onnxruntime takes from
             `chebface.operators.library()`; so has reconstruct, but in fp16, bf16 and other opsets than OPSET.
-        basis: of a native decode, "fp32" or "fp16".
+        basis: of a native decode, "fp32" or "fixed".
         simplify: run onnxslim over what was traced; None does so where it is installed.
         crops_for_calibration: (n, 112, 112, 3) uint8 for int8; None makes synthetic ones of the head.
         calibration: for int8, what an earlier export saved in calibration.json: its ranges are taken as they are.
@@ -251,7 +251,7 @@ def _refuse_edits(
             parity = measure(
                 paths, modules.regressor, modules.flame, modules.encoder, crops, source=source, device=device
             )
-            _check(parity, facts)
+            check(parity)
         except (ParityError, AssetError) as error:
             raise ParityError(f"{folder}: {names}, and is wrong now ({error}); {fix}") from error
         raise AssetError(f"{folder}: {names} ({MANIFEST} has another sha256), but computes the same still; {fix}")
@@ -267,11 +267,6 @@ def _opens(path: Path, model: Model) -> bool:
     except (OSError, DecodeError, AssetError, onnx.checker.ValidationError):
         return False
     return True
-
-
-def _check(parity: Any, facts: Mapping[str, Any]) -> None:
-    halved = (facts["precision"], facts["basis"]) == ("fp32", "fp16")
-    check(parity, "fp16" if halved else facts["precision"])
 
 
 def write_onnx(
@@ -303,16 +298,16 @@ def write_onnx(
     size = sum(proto.ByteSize() for proto in made.values())
     with room(folder, size), staging(folder) as partial:
         paths = {name: partial / f"{name}.onnx" for name in made}
+        kept = {name: precision if name in INEXACT else custom.basis_of(proto) for name, proto in made.items()}
         for name, proto in made.items():
-            kept = precision if name in INEXACT else "fp32"
-            _write(paths[name], proto, MODELS[name], metadata | {"chebface.precision": kept})
+            _write(paths[name], proto, MODELS[name], metadata | {"chebface.precision": kept[name]})
         say(f"comparing onnxruntime with torch on {HELD_OUT} crops that training has not seen")
         crops, source = make_crops(head, HELD_OUT, SEED)
         parity = measure(paths, regressor, flame, encoder, crops, source=source, device=device)
-        _check(parity, facts)
+        check(parity)
         files = {
             name: describe(path)
-            | {"precision": precision if name in INEXACT else "fp32"}
+            | {"precision": kept[name]}
             | {"operators": OPERATORS[custom.is_custom(made[name])]}
             | ({"external": [describe(_beside(path))]} if _beside(path).is_file() else {})
             for name, path in paths.items()

@@ -202,13 +202,13 @@ def test_reconstruct_pairs_precisions_runtimes_and_rivals(course, small, monkeyp
     monkeypatch.setattr(latency, "_paint", lambda *_: np.full((2, 112, 112, 3), [[[[9]]], [[[200]]]], np.uint8))
     rows = list(latency._reconstruct(course, backbone))
     plain = [f"{runtime}-{precision}" for precision in ("fp32", "int8") for runtime in ("onnxruntime", "openvino")]
-    assert {row["implementation"] for row in rows} == {*plain, *(f"{each} + custom-op-fp16" for each in plain)}
+    assert {row["implementation"] for row in rows} == {*plain, *(f"{each} + custom-op-fixed" for each in plain)}
     assert len(rows) == 8 * rivals
     assert {row["rival"] for row in rows} == {"torch + smplx", "3ddfa"} if rivals == 2 else {"torch + smplx"}
     limits = {row["implementation"]: row["check"]["limit"] for row in rows}
     assert limits["onnxruntime-fp32"] == latency.FLOAT_MM[0]
-    assert limits["onnxruntime-fp32 + custom-op-fp16"] == latency.HALF_BASIS_MM[0]
-    assert limits["openvino-int8 + custom-op-fp16"] == limits["openvino-int8"] == latency.INT8_MM[0]
+    assert limits["onnxruntime-fp32 + custom-op-fixed"] == latency.FIXED_MM[0]
+    assert limits["openvino-int8 + custom-op-fixed"] == limits["openvino-int8"] == latency.INT8_MM[0]
     assert {row["weights"] for row in rows} == {"demo" if backbone == "light" else latency.FITTED}
     spread = rows[0]["spread_mm"]
     crops = latency._paint()

@@ -3,27 +3,32 @@
 //   u = template + sum_k c_k basis_k,   v = R u + s + w_jaw (O u + t),   landmarks from three vertices each
 //
 // c is shape, expression and R_jaw - I; R, s, O, t are two rotations and shifts of a face. One face is bound by reading
-// the basis: it is read once, in order, as float or in half precision (sums are float either way), and vertices are
-// posed while they are still in registers. The basis comes in tiles of 32 vertices, (tile, row, xyz, 32); two rows may
-// share a coefficient. Up to four faces share what was loaded; the rest of a batch finds the tile in the second cache.
-// Rows whose coefficients are zero are not read.
+// the basis: it is read once, in order, and vertices are posed while their tile of 32 is at hand. Up to four faces share
+// what was loaded; the rest of a batch finds the tile in the second cache. Rows whose coefficients are zero are not read.
+//
+// The basis is float, (tile, row, xyz, 32), or fixed point: rows of 16 bits, then rows of 8, two rows of a width
+// interleaved, (tile, pair, xyz, 32, 2), and a scale for each. A face's coefficients are rounded to 16 bits, of each
+// chunk of rows for itself, so that sums of a chunk are whole numbers that 32 bits hold; float from there.
 #include "cpu_graph.h"
 #include "cpu_threads.h"
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#include <cfloat>
+
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 struct DecodeCall {
     int64_t vertices, blend;            // N; directions of shape and expression; the jaw's nine follow
-    int64_t rows;                       // of the basis
+    int64_t rows, fine;                 // of the basis; of 16 bits, the first, or -1 where it is float
     int64_t steps, landmarks;           // of the contour table: degrees of yaw, landmarks in each
     int64_t width;                      // numbers of a face; where those that are needed begin:
     int64_t shape, shapes, expression, head, jaw;
-    int64_t half, batch, threads;
+    int64_t batch, threads;
     const float* start;                 // the template, (tiles, 3, 32)
-    const void* basis;                  // (tiles, rows, 3, 32), float or half
-    const int32_t* factor_of;           // (rows,) which coefficient: a row may be a sum of two halves
+    const void* basis;                  // (tiles, rows, 3, 32) float, or (tiles, 96 (rows + fine)) bytes
+    const int32_t* factor_of;           // (rows,) which coefficient
+    const float* scale;                 // (rows,) of what is stored
     const float* joints;                // (6,) root, jaw
     const float* joint_dirs;            // (6, blend)
     const float* jaw_weights;           // (tiles * 32,)
@@ -36,30 +41,43 @@ struct DecodeCall {
 
 namespace {
 
-constexpr int kTile = 32, kVectors = 3 * kTile / 16;  // vertices; vectors of their x, y, z
-constexpr int kJaw = 9;                                // entries of its rotation
-#if defined(__AVX512F__)
-constexpr int kFaces = 4;  // the sums of so many faces fit in the registers
+constexpr int kTile = 32, kNumbers = 3 * kTile;  // vertices; their x, y, z
+constexpr int kJaw = 9;                           // entries of its rotation
+constexpr int64_t kChunk = 64;                    // rows whose products are summed as whole numbers
+#if defined(__AVX512BW__)
+constexpr int kFaces = 4, kWords = 16;  // the sums of so many faces fit in the registers; of so many numbers each
 #else
-constexpr int kFaces = 1;
+constexpr int kFaces = 1, kWords = 8;
 #endif
-constexpr int kAhead = 8192;  // bytes; the processor's own prefetching stops at every page
-constexpr double kWorthDecoding = 1e6;  // multiply-adds a thread; below, waking it costs more than it does
+constexpr int kLine = 64, kAhead = 8192;  // bytes; the processor's own prefetching stops at every page
+constexpr double kWorthDecoding = 1e6;    // multiply-adds a thread; below, waking it costs more than it does
 
-INLINE v16 load(const uint16_t* half) {  // finite numbers
-#if defined(__AVX512F__)
-    return v16(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(half))));
-#elif defined(__F16C__)
-    alignas(64) float wide[16];
-    for (int i = 0; i < 16; i += 8)
-        _mm256_store_ps(wide + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
-    return row<16>(wide);
+template <class Number, int N> struct Vector {
+    typedef Number Type __attribute__((vector_size(sizeof(Number) * N), may_alias, aligned(1)));
+};
+typedef Vector<int32_t, kWords>::Type Words;
+typedef Vector<int16_t, 2 * kWords>::Type Pairs;  // of each number those of two rows
+
+INLINE Pairs load_pairs(const int16_t* from) { return *reinterpret_cast<const Pairs*>(from); }
+INLINE Pairs load_pairs(const int8_t* from) {
+#if defined(__AVX512BW__)
+    return Pairs(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+    return Pairs(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#endif
+    return __builtin_convertvector(*reinterpret_cast<const Vector<int8_t, 2 * kWords>::Type*>(from), Pairs);
+}
+
+// sum + first row times factor's low half + second row times its high half
+INLINE Words add_products(const Words& sum, const Pairs& pairs, int32_t factor) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    return Words(_mm512_dpwssd_epi32(__m512i(sum), __m512i(pairs), _mm512_set1_epi32(factor)));
+#elif defined(__AVX512BW__)
+    return sum + Words(_mm512_madd_epi16(__m512i(pairs), _mm512_set1_epi32(factor)));
+#elif defined(__AVX2__)
+    return sum + Words(_mm256_madd_epi16(__m256i(pairs), _mm256_set1_epi32(factor)));
 #else
-    typedef uint32_t w16 __attribute__((vector_size(64)));
-    w16 bits;
-    for (int i = 0; i < 16; ++i) bits[i] = half[i];
-    // The product moves the exponent's bias from 15 to 127; it is exact, for subnormal numbers too.
-    return v16(w16(v16((bits & 0x7fff) << 13) * 0x1p112f) | (bits & 0x8000) << 16);
+    return sum + (Words(pairs) << 16 >> 16) * (factor << 16 >> 16) + (Words(pairs) >> 16) * (factor >> 16);
 #endif
 }
 
@@ -68,10 +86,18 @@ struct Pose {  // of a face: v = turn u + shift + w_jaw (open u + open_shift)
     int64_t yaw;  // row of the contour table
 };
 
+struct Chunk {  // of a fixed basis
+    int64_t first, last;  // of a group's pairs
+    bool fine;
+    float step[kFaces];  // what one of its sums is worth, m
+};
+
 struct Group {  // faces that share what is loaded
-    int64_t first, count, rows;
-    std::vector<int64_t> row;   // those that are not zero, as offsets in a tile
-    std::vector<float> factor;  // (rows, count)
+    int64_t first, count;
+    std::vector<int64_t> place;  // of each row, or pair of them, that is not zero: its byte in a tile
+    std::vector<float> factor;   // (rows, count), of a float basis
+    std::vector<int32_t> pair;   // (pairs, count) two factors each, of a fixed one
+    std::vector<Chunk> chunks;
 };
 
 // As `rotations` in flame.py: series near zero.
@@ -131,17 +157,60 @@ Pose prepare(const DecodeCall& call, const float* parameters, float* factors) {
 
 Group gather(const DecodeCall& call, int64_t first, int64_t count, const float* factors) {
     const int64_t width = call.blend + kJaw;
-    Group group{first, count, 0, std::vector<int64_t>(call.rows), std::vector<float>(call.rows * count)};
-    factors += first * width;
+    Group group{first, count, {}, {}, {}, {}};
     for (int64_t k = 0; k < call.rows; ++k) {
-        float* to = group.factor.data() + group.rows * count;
         bool any = false;
         for (int64_t m = 0; m < count; ++m) {
-            to[m] = factors[m * width + call.factor_of[k]];
-            any |= to[m] != 0;  // so is a NaN
+            group.factor.push_back(factors[(first + m) * width + call.factor_of[k]] * call.scale[k]);
+            any |= group.factor.back() != 0;  // so is a NaN
         }
-        group.row[group.rows] = 3 * kTile * k;
-        group.rows += any;
+        if (any)
+            group.place.push_back(k * kNumbers * int64_t(sizeof(float)));
+        else
+            group.factor.resize(group.factor.size() - count);
+    }
+    return group;
+}
+
+Group gather_fixed(const DecodeCall& call, int64_t first, int64_t count, const float* factors) {
+    const int64_t width = call.blend + kJaw;
+    Group group{first, count, {}, {}, {}, {}};
+    for (int64_t begin = 0, end; begin < call.rows; begin = end) {
+        const bool fine = begin < call.fine;
+        end = std::min(begin + kChunk, fine ? call.fine : call.rows);
+        // Rounding adds a half at most to each factor: no sum reaches 2^31.
+        const double most = fine ? INT16_MAX : INT8_MAX, room = INT32_MAX / most - kChunk;
+        Chunk chunk{int64_t(group.place.size()), 0, fine, {}};
+        int16_t rounded[kFaces][kChunk];
+        for (int64_t m = 0; m < count; ++m) {
+            float factor[kChunk], largest = 0, sum = 0;
+            for (int64_t k = begin; k < end; ++k) {
+                const float it = factors[(first + m) * width + call.factor_of[k]] * call.scale[k];
+                factor[k - begin] = it;
+                largest = std::max(largest, std::abs(it));
+                sum += std::abs(it);  // NaN where one is
+            }
+            const bool finite = std::isfinite(sum);
+            const float step = finite ? std::max(largest / (INT16_MAX - 1), float(sum / room)) : NAN;
+            const float steps = step >= FLT_MIN ? 1 / step : 0;  // in one
+            for (int64_t k = 0; k < end - begin; ++k)
+                rounded[m][k] = finite ? int16_t(std::lrint(factor[k] * steps)) : 0;
+            chunk.step[m] = step;
+        }
+        for (int64_t k = 0; k < end - begin; k += 2) {
+            bool any = false;
+            for (int64_t m = 0; m < count; ++m) {
+                const uint32_t low = uint16_t(rounded[m][k]), high = uint16_t(rounded[m][k + 1]);
+                group.pair.push_back(int32_t(low | high << 16));
+                any |= group.pair.back() != 0;
+            }
+            if (any)
+                group.place.push_back((begin + k + (fine ? begin + k : call.fine)) * kNumbers);
+            else
+                group.pair.resize(group.pair.size() - count);
+        }
+        chunk.last = int64_t(group.place.size());
+        group.chunks.push_back(chunk);
     }
     return group;
 }
@@ -163,50 +232,90 @@ INLINE void place(const Pose& pose, const v16& x, const v16& y, const v16& z, co
             for (int c = 0; c < 3; ++c) to[3 * i + c] = lanes[c][i];
 }
 
-template <int M, class Number>
-void decode_tile(const DecodeCall& call, const Group& group, const Pose* poses, int64_t tile) {
-    const Number* basis = static_cast<const Number*>(call.basis) + tile * call.rows * 3 * kTile;
+template <int M> INLINE void add_rows(const Group& group, const char* tile, float (&sums)[M][kNumbers]) {
+    constexpr int kVectors = kNumbers / 16;
+    v16 sum[M][kVectors];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) sum[m][j] = row<16>(sums[m] + 16 * j);
     const float* factor = group.factor.data();
-    v16 sums[M][kVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-        const v16 start = load(call.start + (tile * kVectors + j) * 16);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sums[m][j] = start;
-    }
-    for (int64_t r = 0; r < group.rows; ++r, factor += M) {
-        const Number* from = basis + group.row[r];
+    for (const int64_t place : group.place) {
+        const float* from = reinterpret_cast<const float*>(tile + place);
         v16 weight[kVectors];
 #pragma GCC unroll 8
         for (int j = 0; j < kVectors; ++j) {
             weight[j] = load(from + 16 * j);
-            __builtin_prefetch(reinterpret_cast<const char*>(from + 16 * j) + kAhead);
+            __builtin_prefetch(tile + place + kLine * j + kAhead);
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-            for (int j = 0; j < kVectors; ++j) sums[m][j] += weight[j] * factor[m];
+            for (int j = 0; j < kVectors; ++j) sum[m][j] += weight[j] * factor[m];
+        factor += M;
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int j = 0; j < kTile / 16; ++j) {
-            const int64_t vertex = tile * kTile + 16 * j;
-            place(poses[group.first + m], sums[m][j], sums[m][j + kTile / 16], sums[m][j + 2 * kTile / 16],
-                  load(call.jaw_weights + vertex), call.vertices - vertex,
+        for (int j = 0; j < kVectors; ++j) row<16>(sums[m] + 16 * j) = sum[m][j];
+}
+
+template <int M, class Number>
+INLINE void add_chunk(const Group& group, const Chunk& chunk, const char* tile, float (&sums)[M][kNumbers]) {
+    constexpr int kVectors = kNumbers / kWords;
+    Words sum[M][kVectors] = {};
+    const int32_t* factor = group.pair.data() + chunk.first * M;
+    for (int64_t p = chunk.first; p < chunk.last; ++p, factor += M) {
+        const Number* from = reinterpret_cast<const Number*>(tile + group.place[p]);
+        Pairs pairs[kVectors];
+#pragma GCC unroll 16
+        for (int j = 0; j < kVectors; ++j) pairs[j] = load_pairs(from + 2 * kWords * j);
+#pragma GCC unroll 8
+        for (size_t line = 0; line < 2 * kNumbers * sizeof(Number); line += kLine)
+            __builtin_prefetch(reinterpret_cast<const char*>(from) + line + kAhead);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+            for (int j = 0; j < kVectors; ++j) sum[m][j] = add_products(sum[m][j], pairs[j], factor[m]);
+    }
+    typedef Vector<float, kWords>::Type Floats;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int j = 0; j < kVectors; ++j)
+            *reinterpret_cast<Floats*>(sums[m] + kWords * j) +=
+                __builtin_convertvector(sum[m][j], Floats) * chunk.step[m];
+}
+
+template <int M> void decode_tile(const DecodeCall& call, const Group& group, const Pose* poses, int64_t tile) {
+    alignas(64) float sums[M][kNumbers];
+    for (int m = 0; m < M; ++m) std::copy_n(call.start + tile * kNumbers, kNumbers, sums[m]);
+    const char* basis = static_cast<const char*>(call.basis);
+    if (call.fine < 0) {
+        add_rows<M>(group, basis + tile * call.rows * kNumbers * int64_t(sizeof(float)), sums);
+    } else {
+        basis += tile * (call.rows + call.fine) * kNumbers;
+        for (const Chunk& chunk : group.chunks)
+            chunk.fine ? add_chunk<M, int16_t>(group, chunk, basis, sums)
+                       : add_chunk<M, int8_t>(group, chunk, basis, sums);
+    }
+    for (int m = 0; m < M; ++m)
+        for (int j = 0; j < kTile; j += 16) {
+            const int64_t vertex = tile * kTile + j;
+            place(poses[group.first + m], row<16>(sums[m] + j), row<16>(sums[m] + kTile + j),
+                  row<16>(sums[m] + 2 * kTile + j), load(call.jaw_weights + vertex), call.vertices - vertex,
                   call.out_vertices + ((group.first + m) * call.vertices + vertex) * 3);
         }
 }
 
-template <class Number>
 void decode_tiles(const DecodeCall& call, const std::vector<Group>& groups, const Pose* poses, int64_t first,
                   int64_t last) {
     for (int64_t tile = first; tile < last; ++tile)
         for (const Group& group : groups) switch (kFaces == 1 ? 1 : group.count) {
-                case 1: decode_tile<1, Number>(call, group, poses, tile); break;
-                case 2: decode_tile<kFaces == 1 ? 1 : 2, Number>(call, group, poses, tile); break;
-                case 3: decode_tile<kFaces == 1 ? 1 : 3, Number>(call, group, poses, tile); break;
-                default: decode_tile<kFaces, Number>(call, group, poses, tile);
+                case 1: decode_tile<1>(call, group, poses, tile); break;
+                case 2: decode_tile<kFaces == 1 ? 1 : 2>(call, group, poses, tile); break;
+                case 3: decode_tile<kFaces == 1 ? 1 : 3>(call, group, poses, tile); break;
+                default: decode_tile<kFaces>(call, group, poses, tile);
             }
 }
 
@@ -231,15 +340,15 @@ extern "C" int32_t flame_decode(const DecodeCall* given) {
         std::vector<Group> groups;
         for (int64_t b = 0; b < call.batch; ++b)
             poses[b] = prepare(call, call.parameters + b * call.width, factors.data() + b * (call.blend + kJaw));
+        const auto collect = call.fine < 0 ? gather : gather_fixed;
         for (int64_t b = 0; b < call.batch; b += kFaces)
-            groups.push_back(gather(call, b, std::min<int64_t>(kFaces, call.batch - b), factors.data()));
+            groups.push_back(collect(call, b, std::min<int64_t>(kFaces, call.batch - b), factors.data()));
         const int64_t tiles = (call.vertices + kTile - 1) / kTile;
-        const double work = double(call.batch) * call.rows * tiles * 3 * kTile;
+        const double work = double(call.batch) * call.rows * tiles * kNumbers;
         const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(call.threads, work / kWorthDecoding));
         const int64_t parts = threads == 1 ? 1 : std::min(tiles, 4 * threads);
-        const auto body = call.half ? decode_tiles<uint16_t> : decode_tiles<float>;
         run(parts, threads, [&](int64_t part) {
-            body(call, groups, poses.data(), tiles * part / parts, tiles * (part + 1) / parts);
+            decode_tiles(call, groups, poses.data(), tiles * part / parts, tiles * (part + 1) / parts);
         });
         for (int64_t b = 0; b < call.batch; ++b) find_landmarks(call, poses[b], b);
         return 0;

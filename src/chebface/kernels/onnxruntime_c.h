@@ -24,7 +24,7 @@ struct Allocator;
 struct Domain;
 
 enum Code { kInvalidArgument = 2, kRuntimeException = 6, kNotImplemented = 9 };
-enum Type { kAny = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kString = 8, kHalf = 10 };
+enum Type { kAny = 0, kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kString = 8, kHalf = 10 };
 
 struct Api {  // name, the version that appended it, place
     void* const* table = nullptr;

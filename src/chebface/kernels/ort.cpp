@@ -266,16 +266,17 @@ class Decode {
     static constexpr const char* kName = "Decode";
     static constexpr int kOutputs = 2;
     static constexpr Input kInputs[] = {
-        {"parameters", kFloat},      {"template", kFloat},   {"basis", kAny},
-        {"factor_of", kInt32},       {"joints", kFloat},     {"joint_dirs", kFloat},
-        {"jaw_weights", kFloat},     {"landmark_vertices", kInt32}, {"landmark_weights", kFloat},
+        {"parameters", kFloat}, {"template", kFloat},    {"basis", kAny},
+        {"factor_of", kInt32},  {"scale", kFloat},       {"joints", kFloat},
+        {"joint_dirs", kFloat}, {"jaw_weights", kFloat}, {"landmark_vertices", kInt32},
+        {"landmark_weights", kFloat},
     };
 
     explicit Decode(const Node& node) {
         const Shape parts = node.attributes("parts", 6);  // width, then where shape, its size, expression, poses
-        joints_ = node.floats(4, {6});
-        joint_dirs_ = node.floats(5, {6, -1});
-        jaw_weights_ = node.floats(6, {-1});
+        joints_ = node.floats(5, {6});
+        joint_dirs_ = node.floats(6, {6, -1});
+        jaw_weights_ = node.floats(7, {-1});
         call_ = {};
         call_.vertices = int64_t(jaw_weights_.size());
         call_.blend = int64_t(joint_dirs_.size()) / 6;
@@ -290,18 +291,24 @@ class Decode {
         start_ = node.floats(1, {tiles, 3, kTile});
         factor_of_ = node.ints(3, {-1}, call_.blend + kJaw);
         call_.rows = int64_t(factor_of_.size());
+        scale_ = node.floats(4, {call_.rows});
+        const Shape fine = node.attributes("fine", 0);  // none: a float basis
+        call_.fine = fine.empty() ? -1 : fine[0];
+        if (call_.fine > call_.rows || (call_.fine >= 0 && (call_.rows | call_.fine) % 2))
+            throw Failure{"fine: expected pairs of the " + std::to_string(call_.rows) + " rows"};
         basis_shape_ = {tiles, call_.rows, 3, kTile};
-        const int type = node.constant(2, basis_shape_).type;
-        if (type != kFloat && type != kHalf) throw Failure{"basis: expected float32 or float16"};
-        call_.half = type == kHalf;
-        corners_ = node.ints(7, {-1, -1, 3}, call_.vertices);
-        const Shape table = node.constant(7, {-1, -1, 3}).shape;
-        barycentric_ = node.floats(8, table);
+        if (call_.fine >= 0) basis_shape_ = {tiles, (call_.rows + call_.fine) * kNumbers};
+        const char* const spelled = call_.fine < 0 ? "float32" : "int8";
+        if (node.constant(2, basis_shape_).type != (call_.fine < 0 ? kFloat : kInt8))
+            throw Failure{std::string("basis: expected ") + spelled};
+        corners_ = node.ints(8, {-1, -1, 3}, call_.vertices);
+        const Shape table = node.constant(8, {-1, -1, 3}).shape;
+        barycentric_ = node.floats(9, table);
         if (table[0] % 2 == 0) throw Failure{"landmark_vertices: expected rows for 0, 1.. and -1.. degrees"};
         call_.steps = table[0];
         call_.landmarks = table[1];
         call_.threads = node.threads();
-        call_.start = start_.data(), call_.factor_of = factor_of_.data();
+        call_.start = start_.data(), call_.factor_of = factor_of_.data(), call_.scale = scale_.data();
         call_.joints = joints_.data(), call_.joint_dirs = joint_dirs_.data(), call_.jaw_weights = jaw_weights_.data();
         call_.corners = corners_.data(), call_.barycentric = barycentric_.data();
     }
@@ -319,7 +326,7 @@ class Decode {
     }
 
   private:
-    std::vector<float> start_, joints_, joint_dirs_, jaw_weights_, barycentric_;
+    std::vector<float> start_, scale_, joints_, joint_dirs_, jaw_weights_, barycentric_;
     std::vector<int32_t> factor_of_, corners_;
     Shape basis_shape_;
     DecodeCall call_;
