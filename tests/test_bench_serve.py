@@ -58,7 +58,7 @@ def round_rows(rows):
     """The same rows with figures that never change, for what is drawn of them."""
     times = {f"p{cut}_ms": cut / 2 for cut in serve.PERCENTILES} | {"ratio": 0.5, "throughput_ratio": 2.0}
     shares = {"queue_share": 0.25, "compute_share": 0.5}
-    memory = {f"memory_mb_{when}": 500.0 for when in ("before", "most", "after")}
+    memory = {f"memory_mb_{when}": 500.0 for when in ("before", "half", "most", "after")}
     limits = {"unloaded_p99_ms": 7.0, "allowed_ms": 1020.0, "refused_p99_ms": 20.0}
     fixed = times | shares | memory | limits
     return [row | {key: fixed[key] for key in row.keys() & fixed.keys()} for row in rows]
@@ -103,7 +103,10 @@ def test_every_request_of_the_overload_is_accounted_for(rows):
     assert row["allowed_ms"] == pytest.approx(row["queue_limit_ms"] + serve.SERVED * row["unloaded_p99_ms"], abs=0.2)
     assert row["memory_mb_most"] >= row["memory_mb_before"] > 0
     assert row["passed"] == (
-        row["p99_ms"] <= row["allowed_ms"] and row["refused_p99_ms"] < serve.REFUSED_MS and not row["failed"]
+        row["p99_ms"] <= row["allowed_ms"]
+        and row["refused_p99_ms"] < serve.REFUSED_MS
+        and not row["failed"]
+        and row["memory_mb_after"] <= serve.FLAT * row["memory_mb_half"]
     )
 
 

@@ -70,6 +70,7 @@ def test_leaf_says_what_the_server_would_guess(name: str) -> None:
         (count, model_config_pb2.ModelInstanceGroup.KIND_CPU)
     ]
     assert config.HasField("dynamic_batching") == LEAVES[name].batched
+    assert list(config.dynamic_batching.preferred_batch_size) == ([8] if LEAVES[name].batched else [])
     assert list(config.version_policy.specific.versions) == [1]
     assert config.parameters["intra_op_thread_count"].string_value == "1"
     assert [warmup.batch_size for warmup in config.model_warmup] == (
