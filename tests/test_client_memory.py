@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,30 @@ def test_leftovers_of_killed_clients_are_swept(tmp_path: Path) -> None:
     assert region.name in ours()
     region.remove()
     region.remove()
+
+
+def test_a_sweep_takes_no_region_that_is_being_made() -> None:
+    """Clients that start at the same time sweep what the others are only just making."""
+    over = threading.Event()
+
+    def sweeps() -> None:
+        while not over.is_set():
+            sweep()
+
+    def make() -> bool:
+        region = Region(4096)
+        time.sleep(1e-4)
+        stays = (SHM / region.name).exists()
+        region.remove()
+        return stays
+
+    with ThreadPoolExecutor(12) as pool:
+        sweepers = [pool.submit(sweeps) for _ in range(4)]
+        try:
+            assert all(pool.map(lambda _: make(), range(2000)))
+        finally:
+            over.set()
+    assert not [each.exception() for each in sweepers if each.exception()]
 
 
 def test_leaving_without_closing_leaves_nothing() -> None:

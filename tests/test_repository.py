@@ -392,6 +392,7 @@ def test_engines_are_served_by_capability(source: Path, engines: Path, tmp_path:
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     assert config.backend == "tensorrt"
     assert dict(config.cc_model_filenames) == {"8.9": "model.sm89.plan"}
+    assert not config.dynamic_batching.preferred_batch_size  # measured on CPUs
     assert (models / "decode" / "1" / "model.sm89.plan").read_bytes() == b"engine"
     assert 'backend: "onnxruntime"' in (models / "regress" / "config.pbtxt").read_text()
     verify_repository(models)

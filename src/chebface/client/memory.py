@@ -36,15 +36,11 @@ class Region:
         Raises:
             OSError: there is no room, or no /dev/shm.
         """
-        self.name = f"{PREFIX}{os.getpid()}_{secrets.token_hex(8)}"
+        path, self._file = _make_file()
+        self.name = path.name
         self.key, self.size = f"/{self.name}", size
         self.places: dict[str, tuple[int, int]] = {}  # offset and bytes by tensor, of the request it holds
-        path = SHM / self.name
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            import fcntl
-
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that its owner lives, see sweep
             os.posix_fallocate(self._file, 0, size)
             self._map = mmap.mmap(self._file, size)
         except BaseException:
@@ -74,6 +70,26 @@ class Region:
     def remove(self) -> None:
         """Remove the file and this process's mapping. Safe to call twice."""
         self._end()
+
+
+def _make_file() -> tuple[Path, int]:
+    """A new file, locked: that says that its owner lives. Another client's sweep may take it before it is locked."""
+    import fcntl
+
+    while True:
+        path = SHM / f"{PREFIX}{os.getpid()}_{secrets.token_hex(8)}"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_nlink:
+                return path, file
+        except BlockingIOError:  # it is being taken
+            pass
+        except BaseException:
+            os.close(file)
+            path.unlink(missing_ok=True)
+            raise
+        os.close(file)
 
 
 def _remove(path: Path, file: int, memory: mmap.mmap, owner: int) -> None:
