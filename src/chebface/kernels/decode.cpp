@@ -64,8 +64,9 @@ INLINE Pairs load_pairs(const int8_t* from) {
     return Pairs(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__AVX2__)
     return Pairs(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#endif
+#else
     return __builtin_convertvector(*reinterpret_cast<const Vector<int8_t, 2 * kWords>::Type*>(from), Pairs);
+#endif
 }
 
 // sum + first row times factor's low half + second row times its high half
@@ -77,7 +78,7 @@ INLINE Words add_products(const Words& sum, const Pairs& pairs, int32_t factor) 
 #elif defined(__AVX2__)
     return sum + Words(_mm256_madd_epi16(__m256i(pairs), _mm256_set1_epi32(factor)));
 #else
-    return sum + (Words(pairs) << 16 >> 16) * (factor << 16 >> 16) + (Words(pairs) >> 16) * (factor >> 16);
+    return sum + (Words(pairs) << 16 >> 16) * int32_t(int16_t(factor)) + (Words(pairs) >> 16) * (factor >> 16);
 #endif
 }
 
