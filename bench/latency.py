@@ -52,6 +52,7 @@ CASES = (RECONSTRUCT.name, DECODE.name, ENCODE.name)
 SMPLX = "smplx"
 DEMO = "light"  # the backbone of the demo weights
 DDFA = "3DDFA_V2's networks, random weights, onnxruntime"
+QUIET = f"{DDFA}, no spinning between them"  # its sessions' threads else look for work on each other's cores
 FITTED = "random, norms settled on 16 made-up faces, residual ones at 0.1, last layers fitted to 256 others"
 # Mean and most that a vertex may be off, mm.
 FLOAT_MM, INT8_MM = (0.001, 0.01), (0.5, 2.0)  # what the export promises
@@ -82,9 +83,9 @@ def measure(
     """A row for each case, batch and implementation, of the files that `python -m export onnx` writes.
 
     reconstruct: crop -> vertices and landmarks, against the regressor and then smplx's FLAME, both in torch eager, as
-    in MICA's own loop. `light` has the demo weights, and runs against 3DDFA_V2's regressor and dense decode too. Other
-    backbones' weights are FITTED: their answers turn by `spread_mm` from face to face, less than trained ones', and
-    what int8 loses of them is to be read beside that.
+    in MICA's own loop. `light` has the demo weights, and runs against 3DDFA_V2's regressor and dense decode too, as it
+    opens them and QUIET. Other backbones' weights are FITTED: their answers turn by `spread_mm` from face to face, less
+    than trained ones', and what int8 loses of them is to be read beside that.
     decode: parameters -> vertices and landmarks, against smplx's FLAME.
     encode: vertices -> descriptor, against the same encoder of torch-geometric's ChebConv.
     Implementations: onnxruntime-fp32; onnxruntime-int8 (reconstruct); custom-op (decode and encode) and custom-op-fixed
@@ -234,7 +235,7 @@ def _reconstruct(course: _Course, backbone: str) -> Iterator[dict[str, Any]]:
                 ours.append((f"{name}-{precision} + custom-op-fixed", run, judge))
         rivals: list[Implementation] = [
             (f"torch + {SMPLX}", loop, functools.partial(_check_mm, wanted=wanted, limits=SMPLX_MM)),
-            *([_open_3ddfa(course)] if trained else []),
+            *(_open_3ddfa(course) if trained else []),
         ]
         for rival in rivals:
             yield from course.race(RECONSTRUCT, batch, crops, rival, ours, **facts, spread_mm=round(float(spread), 3))
@@ -382,7 +383,7 @@ def _open_onnxruntime(path: Path, given: Tensor, wanted: Tensor, threads: int, n
     return run
 
 
-def _open_session(path: Path, threads: int, native: bool = False) -> Any:
+def _open_session(path: Path, threads: int, native: bool = False, quiet: bool = False) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -390,6 +391,8 @@ def _open_session(path: Path, threads: int, native: bool = False) -> Any:
     options.log_severity_level = 3
     if native:
         options.register_custom_ops_library(str(operators.library()))
+    if quiet:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -471,10 +474,9 @@ class _DenseDecode(nn.Module):
         return rotation @ (mean + basis.matmul(torch.cat(parts)).squeeze()) + offset
 
 
-def _open_3ddfa(course: _Course) -> Implementation:
-    """The regressor and dense decode of 3DDFA_V2, face by face as in its loop, of a crop that is float already.
-
-    Its published weights are its own; how long they take does not hang on them.
+def _open_3ddfa(course: _Course) -> list[Implementation]:
+    """The regressor and dense decode of 3DDFA_V2, face by face as in its loop, of a crop that is float already: as it
+    runs them, and QUIET. Its published weights are its own; how long they take does not hang on them.
     """
     torch.manual_seed(0)
     networks = _MobileNet(), _DenseDecode()
@@ -482,21 +484,23 @@ def _open_3ddfa(course: _Course) -> Implementation:
     picture = torch.randn(1, 3, _DDFA_PX, _DDFA_PX)
     pose = torch.randn(3, 3), torch.randn(3, 1)
     examples = (picture,), (*pose, *(torch.randn(size, 1) for size in _DDFA_PARTS))
-    sessions = []
+    paths = []
     for network, example in zip(networks, examples, strict=True):
-        path = course.folder / f"{type(network).__name__}.onnx"
+        paths.append(course.folder / f"{type(network).__name__}.onnx")
         network.eval()
         with warnings.catch_warnings():  # of torch about itself
             warnings.simplefilter("ignore")
-            torch.onnx.export(network, example, path, dynamo=False)
-        sessions.append(_open_session(path, course.threads))
-    names = [[each.name for each in session.get_inputs()] for session in sessions]
+            torch.onnx.export(network, example, paths[-1], dynamo=False)
+    opened = {
+        name: [_open_session(path, course.threads, quiet=name == QUIET) for path in paths] for name in (DDFA, QUIET)
+    }
+    names = [[each.name for each in session.get_inputs()] for session in opened[DDFA]]
 
     def split(parameters: np.ndarray) -> list[np.ndarray]:
         pose = parameters[:12].reshape(3, 4)
         return [pose[:, :3], pose[:, 3:], *np.split(parameters[12:, None], _DDFA_PARTS[:1])]
 
-    def run(given: np.ndarray) -> np.ndarray:
+    def run(sessions: Sequence[Any], given: np.ndarray) -> np.ndarray:
         found = []
         for _ in given:
             parameters = sessions[0].run(None, {names[0][0]: picture.numpy()})[0][0]
@@ -510,7 +514,7 @@ def _open_3ddfa(course: _Course) -> Implementation:
     def judge(name: str, found: np.ndarray) -> dict[str, Any]:
         return check(name, float(np.abs(found - wanted).max() / np.abs(wanted).max()), DDFA_ERROR)
 
-    return DDFA, run, judge
+    return [(name, functools.partial(run, sessions), judge) for name, sessions in opened.items()]
 
 
 def _write_flame(head: Head, folder: Path) -> None:

@@ -168,14 +168,15 @@ def test_a_fitted_network_tells_faces_apart_and_is_kept(tmp_path, head, monkeypa
 def test_the_rival_has_the_networks_of_3ddfa(course, monkeypatch):
     assert sum(each.numel() for each in latency._MobileNet().parameters()) == pytest.approx(3.27e6, rel=2e-3), "its own"
     monkeypatch.setattr(latency, "_DDFA_POINTS", 50)
-    name, run, judge = latency._open_3ddfa(course)
-    assert name == latency.DDFA
-    assert "random weights" in name
-    found = run(np.zeros((2, 112, 112, 3), np.uint8))
-    assert found.shape == (2, 3, 50)
-    assert judge("x", found)["passed"]
-    with pytest.raises(record.DisagreesError, match="x: error"):
-        judge("x", found * 1.01)
+    rivals = latency._open_3ddfa(course)
+    assert [name for name, *_ in rivals] == [latency.DDFA, latency.QUIET]
+    for name, run, judge in rivals:
+        assert "random weights" in name
+        found = run(np.zeros((2, 112, 112, 3), np.uint8))
+        assert found.shape == (2, 3, 50)
+        assert judge("x", found)["passed"]
+        with pytest.raises(record.DisagreesError, match="x: error"):
+            judge("x", found * 1.01)
 
 
 @pytest.mark.parametrize(("backbone", "rivals"), [("light", 2), ("iresnet50", 1)])
@@ -198,7 +199,7 @@ def test_reconstruct_pairs_precisions_runtimes_and_rivals(course, small, monkeyp
     monkeypatch.setattr(latency, "_make_regressor", lambda *_: demo)
     monkeypatch.setattr(latency, "_open_runtimes", lambda *a: [("onnxruntime", opened(*a)), ("openvino", opened(*a))])
     monkeypatch.setattr(latency, "_open_onnxruntime", opened)
-    monkeypatch.setattr(latency, "_open_3ddfa", lambda _: ("3ddfa", lambda x: x, lambda *_: {}))
+    monkeypatch.setattr(latency, "_open_3ddfa", lambda _: [("3ddfa", lambda x: x, lambda *_: {})])
     monkeypatch.setattr(latency, "_paint", lambda *_: np.full((2, 112, 112, 3), [[[[9]]], [[[200]]]], np.uint8))
     rows = list(latency._reconstruct(course, backbone))
     plain = [f"{runtime}-{precision}" for precision in ("fp32", "int8") for runtime in ("onnxruntime", "openvino")]
