@@ -364,7 +364,7 @@ def test_two_servers_share_the_load_and_one_may_die(
                     assert way.send(request, 20)
                 way.close()
             os.kill(second.pid, signal.SIGKILL)
-            # What a dying server took by gRPC is lost: nginx does not keep it, and the client repeats it (bench faults).
+            # What a dying server took by gRPC is lost: nginx does not keep it, the client repeats it (bench faults).
             wait_until_refused(second.ports["grpc"])
             for kind in ("grpc", "http") * 4:
                 assert np.abs(send(both, kind, token=None)["vertices"] - known["vertices"]).max() < 1e-5
