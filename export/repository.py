@@ -33,8 +33,6 @@ QUEUE_TIMEOUT_US = 2_000_000  # the longest that a request may wait; a client's 
 # Of a network, a thread each. More than cores: Triton says that an instance is free just before it is, and where none
 # other is idle, a batch that could begin is then begun half a second later, or when the next request comes.
 INSTANCES = 4
-# Requests of one run, at most, in faces; on a CPU 32 take no less time a face than 8, and hold four times the memory.
-PREFERRED_BATCH = 8
 PHOTO_INSTANCES = 2  # one reads and detects while another's faces are in the network
 # What a running leaf holds under --rate-limit=execution_count; no program does, or it would wait for itself.
 CORE = "core"
@@ -120,9 +118,8 @@ def config_text(
     count = instances or (PHOTO_INSTANCES if model.program else INSTANCES if model.batched else 1)
     text += f"instance_group [ {{ count: {count} kind: {kind}{holds} }} ]\n"
     if model.batched or model.program:
-        preferred = "" if capabilities or model.program else f"  preferred_batch_size: [ {PREFERRED_BATCH} ]\n"
         text += (
-            f"dynamic_batching {{\n{preferred}  priority_levels: {len(PRIORITIES)}\n"
+            f"dynamic_batching {{\n  priority_levels: {len(PRIORITIES)}\n"
             f"  default_priority_level: {PRIORITIES['normal']}\n  default_queue_policy {{\n    timeout_action: REJECT\n"
             f"    default_timeout_microseconds: {QUEUE_TIMEOUT_US}\n    allow_timeout_override: true\n"
             f"    max_queue_size: {QUEUE_SIZE}\n  }}\n}}\n"
