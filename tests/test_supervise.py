@@ -198,6 +198,24 @@ class Front:
         return lambda *_: self.said.append(name)
 
 
+def test_a_proxy_that_died_beside_its_server_is_started_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot lead to the new server, which is no fault of that one."""
+
+    class Dead(Front):
+        log = "killed"
+
+        def is_running(self) -> bool:
+            return "shut" not in self.said or self.said.count("start") == 2
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    proxy, events = Dead(), []
+    server = Failing(None, ServerError("died"), None, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        supervise(server, proxy, report=lambda event, **_: events.append(event))
+    assert proxy.said == ["start", "shut", "stop", "start", "open", "stop"]
+    assert events.count("failed") == 1 and events[-3:] == ["proxy restarted", "ready", "draining"]
+
+
 def renew_once(server: Failing, other: Failing, error: BaseException | None = None) -> tuple[Front, list[str]]:
     wanted, proxy, events = Event(), Front(), []
     server.again = lambda: other

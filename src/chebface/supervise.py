@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,8 +81,7 @@ def supervise(
                 if server.swept:
                     report("removed leftovers", of="a killed run", paths=server.swept)
                 if proxy is not None and started:
-                    proxy.lead(server.ports)
-                    proxy.open()
+                    _open_again(proxy, server, report)
                 elif proxy is not None:
                     proxy.start(server.ports)
                     report("opened", to=str(proxy))
@@ -134,12 +133,20 @@ class _Restarts:
         time.sleep(wait_s)
 
 
-def _keep(proxy: Proxy | None, report: Report) -> bool:
-    """Start the proxy anew where it died. Returns whether there is one."""
+def _open_again(proxy: Proxy, server: Server, report: Report) -> None:
+    """Before another server; one that died meanwhile is started, which is no fault of that server."""
+    if proxy.is_running():
+        proxy.lead(server.ports)
+    _keep(proxy, report, server.ports)
+    proxy.open()
+
+
+def _keep(proxy: Proxy | None, report: Report, ports: Mapping[str, int] | None = None) -> bool:
+    """Start the proxy anew where it died, before the server of these ports. Returns whether there is one."""
     if proxy is not None and not proxy.is_running():
         said = proxy.log[-2000:]
         proxy.stop()
-        proxy.start()
+        proxy.start(ports)
         report("proxy restarted", detail=said)
     return proxy is not None
 
