@@ -1,18 +1,19 @@
 // onnxruntime as a backend of Triton Inference Server: what NVIDIA's container has and the pip server lacks, for CPUs.
 //
 // Triton opens this file as libtriton_onnxruntime.so; onnxruntime is the libonnxruntime.so that lies beside it. A model
-// has one session, which its instances share: weights are in memory once. Where a batch is one request, its inputs are
-// read where Triton holds them. Buffers of answers are asked for when the run is over, and not held while it lasts: a
-// client may vanish meanwhile. No header of Triton is needed: what is called of its C interface (1.x, only ever appended
-// to) is declared here.
+// has one session, which its instances share: weights are in memory once. Instances only bring requests: what runs when,
+// on which core and with which others, the desk decides. Where a run is one request, its inputs are read where Triton
+// holds them. Buffers of answers are asked for when the run is over, and not held while it lasts: a client may vanish
+// meanwhile. No header of Triton is needed: what is called of its C interface (1.x, only ever appended to) is declared
+// here.
 //
 // Source: the interface is documented in triton-inference-server/core, include/triton/core/tritonbackend.h.
+#include "desk.h"
 #include "kernels/onnxruntime_c.h"
 
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
@@ -21,7 +22,6 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 // ---- Triton's C interface -------------------------------------------------------------------------------------------
@@ -98,6 +98,7 @@ namespace t = triton;
 
 constexpr uint32_t kVersion = 4;  // of onnxruntime's interface: the last that something here wants
 constexpr size_t kAligned = 16;   // bytes: tensors elsewhere are copied
+constexpr int64_t kMerged = 8;    // faces: more in a run are no faster each, and take more memory
 constexpr size_t kKept = size_t(16) << 20;  // bytes that an instance keeps to join inputs in
 
 void check(t::Error* error) {
@@ -541,28 +542,35 @@ void execute(t::Instance* instance, const Served& served, t::Request** requests,
     ignore(error);
 }
 
-// Triton gives what waits to the first instance that is idle; where cores are idle too, they share it.
-void share_out(t::Instance* instance, const Served& served, t::Request** requests, uint32_t count) {
-    static const int cores = int(std::thread::hardware_concurrency());
-    static std::atomic<int> at_work{0};
-    const int idle = cores / std::max(served.threads, 1) - ++at_work;
-    const uint32_t parts = std::min(count, uint32_t(1 + std::max(idle, 0)));
-    at_work += int(parts) - 1;
-    const auto run = [&](uint32_t part) {
-        const uint32_t first = count * part / parts, last = count * (part + 1) / parts;
-        execute(instance, served, requests + first, last - first);
-        --at_work;
-    };
-    std::vector<std::thread> others;
-    others.reserve(parts - 1);
-    uint32_t next = 1;
-    try {
-        for (; next < parts; ++next) others.emplace_back(run, next);
-    } catch (const std::system_error&) {  // no thread to be had: one after the other, then
-        for (; next < parts; ++next) run(next);
+struct Given : Desk::Call {
+    t::Instance* instance;
+    const Served& served;
+    t::Request** requests;
+};
+
+int64_t count_faces(t::Request* request) {
+    int64_t faces = 1;
+    ignore(guard("", [&] {
+        t::Input* input;
+        check(t::TRITONBACKEND_RequestInputByIndex(request, 0, &input));
+        faces = std::max<int64_t>(1, read(input).shape.at(0));
+    }));
+    return faces;
+}
+
+void run(const std::vector<Desk::Part>& parts) {
+    std::vector<t::Request*> requests;
+    for (const Desk::Part& part : parts) {
+        t::Request** const given = static_cast<const Given*>(part.call)->requests;
+        requests.insert(requests.end(), given + part.first, given + part.last);
     }
-    run(0);
-    for (std::thread& other : others) other.join();
+    const Given& first = *static_cast<const Given*>(parts[0].call);
+    execute(first.instance, first.served, requests.data(), uint32_t(requests.size()));
+}
+
+Desk& desk() {
+    static Desk* const made = new Desk(kMerged, run);  // for good, too
+    return *made;
 }
 
 }  // namespace
@@ -635,10 +643,13 @@ t::Error* TRITONBACKEND_ModelInstanceExecute(t::Instance* instance, t::Request**
     if (t::Error* error = t::TRITONBACKEND_ModelInstanceModel(instance, &model)) return error;
     if (t::Error* error = t::TRITONBACKEND_ModelState(model, &served)) return error;
     const Served& known = *static_cast<const Served*>(served);
-    if (known.batched)
-        share_out(instance, known, requests, count);
-    else
+    if (!known.batched) {
         for (uint32_t r = 0; r < count; ++r) execute(instance, known, requests + r, 1);
+        return nullptr;
+    }
+    Given given{{&known, known.threads, {}}, instance, known, requests};
+    for (uint32_t r = 0; r < count; ++r) given.sizes.push_back(count_faces(requests[r]));
+    desk().serve(given);
     return nullptr;
 }
 
