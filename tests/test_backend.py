@@ -153,6 +153,58 @@ def test_tensors_that_lie_askew_are_read_all_the_same(server: Server, repository
     np.testing.assert_array_equal(found.reshape(vertices.shape), vertices)
 
 
+def test_no_room_for_an_answer_is_one_callers_error(server: Server, repository: Path) -> None:
+    """Requests that share runs, of which every third has shared memory that is too small."""
+    import tritonclient.grpc as triton
+    from tritonclient.utils import InferenceServerException, shared_memory
+
+    size = signature.VERTICES * 3 * 4
+    handle = shared_memory.create_shared_memory_region("narrow", "/chebface_test_narrow", 4096)
+    headers = {f"triton-grpc-protocol-{server.admin_header[0]}": server.admin_header[1]}
+    wanted = run_here(repository, RECONSTRUCT, draw(1))["vertices"]
+    found: dict[int, np.ndarray | str] = {}
+    with triton.InferenceServerClient(server.url) as client:
+        client.register_system_shared_memory("narrow", "/chebface_test_narrow", 4096, headers=headers)
+
+        def work(k: int) -> None:
+            given = triton.InferInput("crop", [1, 112, 112, 3], "UINT8")
+            output = triton.InferRequestedOutput("vertices")
+            given.set_data_from_numpy(draw(1))
+            if k % 3 == 0:
+                output.set_shared_memory("narrow", 4096)
+            try:
+                found[k] = client.infer("reconstruct", [given], outputs=[output]).as_numpy("vertices")
+            except InferenceServerException as error:
+                found[k] = str(error)
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(30)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        client.unregister_system_shared_memory("narrow", headers=headers)
+    shared_memory.destroy_shared_memory_region(handle)
+    for k in range(30):
+        if k % 3 == 0:
+            assert str(size) in str(found[k]) or "shared memory" in str(found[k])
+        else:
+            np.testing.assert_allclose(found[k], wanted, atol=1e-6)
+
+
+def test_no_thread_stays_on_one_core(server: Server) -> None:
+    """Networks run on one core each; what they or their answers start may go anywhere."""
+    with Client(server.url, retry=Retry(attempts=1), shared_memory="off") as client:
+        threads = [threading.Thread(target=ask, args=(client, RECONSTRUCT, draw(2))) for _ in range(24)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    where = [path.read_text() for path in Path(f"/proc/{server.pid}/task").glob("*/status")]
+    cores = [line.split()[1] for text in where for line in text.splitlines() if line.startswith("Cpus_allowed_list")]
+    own = Path("/proc/self/status").read_text()
+    assert len(cores) > 8 and set(cores) == {own.partition("Cpus_allowed_list:")[2].split()[0]}
+
+
 def test_statistics_count_faces_and_runs(server: Server, client: Client) -> None:
     ask(client, DECODE, np.zeros((1, params.TOTAL), np.float32))
     faces, runs, requests = read_statistics(server, DECODE)
@@ -195,6 +247,20 @@ def test_a_run_that_fails_is_its_callers_error_and_no_death(repository: Path, tm
             with pytest.raises(ServerError, match=r"regress: .*onnxruntime: .*beyond_the_table") as caught:
                 ask(client, REGRESS, dark + 200)
             assert not isinstance(caught.value, ServerUnavailableError)
+        failed: list[int] = []
+
+        def work(k: int) -> None:
+            try:
+                ask(client, REGRESS, dark + 200 * (k % 3 == 0))
+            except ServerError:
+                failed.append(k)
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(30)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(failed) == list(range(0, 30, 3))  # and none that shared a run with them
         assert np.isfinite(ask(client, REGRESS, dark)["parameters"]).all()
         assert server.check() > 0
 

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <climits>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -22,7 +23,6 @@
 #include <memory>
 #include <mutex>
 #include <new>
-#include <thread>
 
 // ---- Triton's C interface -------------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ namespace t = triton;
 constexpr uint32_t kVersion = 4;  // of onnxruntime's interface: the last that something here wants
 constexpr size_t kAligned = 16;   // bytes: tensors elsewhere are copied
 constexpr int64_t kMerged = 8;    // faces: more in a run are no faster each, and take more memory
-constexpr size_t kKept = size_t(16) << 20;  // bytes that an instance keeps to join inputs in
+constexpr size_t kKept = size_t(16) << 20;  // bytes that a thread keeps to join inputs in
 
 void check(t::Error* error) {
     if (!error) return;
@@ -158,13 +158,21 @@ std::string find_setting(const std::string& json, const std::string& key, const 
     return json.substr(from, json.find_first_of(quoted ? "\"" : ",}", from) - from);
 }
 
-int find_count(const std::string& json, const std::string& key, int otherwise) {
-    const std::string text = find_setting(json, key, std::to_string(otherwise));
+int to_count(const std::string& key, const std::string& text) {
     char* end;
     const long count = std::strtol(text.c_str(), &end, 10);
     if (text.empty() || *end || count < 0 || count > 4096)
         throw Failure{key + ": expected a number from 0 to 4096, got '" + text + "'"};
     return int(count);
+}
+
+int find_count(const std::string& json, const std::string& key, int otherwise) {
+    return to_count(key, find_setting(json, key, std::to_string(otherwise)));
+}
+
+int read_count(const char* variable) {  // of the environment; 0: not set
+    const char* text = std::getenv(variable);
+    return text ? to_count(variable, text) : 0;
 }
 
 // ---- what lives as long as the backend, and as a model --------------------------------------------------------------
@@ -239,7 +247,7 @@ struct Served {
     const Runtime& runtime;
     Owned<Session> session;
     std::vector<Result> results;
-    int threads;  // of a run
+    int threads;  // of a run; 0: one a core
     bool batched;
     mutable std::once_flag ran;
 
@@ -259,6 +267,7 @@ struct Served {
         if (FILE* file = std::fopen(operators.c_str(), "rb")) {  // our own kernels, which the model names
             std::fclose(file);
             ort(api.register_operators(made, operators.c_str(), &library));
+            if (threads) threads = std::max(threads, read_count("CHEBFACE_THREADS"));  // theirs, at least
         }
         const std::string path = folder + "/" + find_setting(config, "default_model_filename", "model.onnx");
         Session* opened;
@@ -328,25 +337,62 @@ struct Account {  // of a run, for Triton's statistics
 
 class Run {
   public:
-    Run(const Served& served, t::Request** requests, t::Response** responses, uint32_t count,
-        std::vector<std::vector<char>>& scratch)
-        : served_(served), api_(served.runtime.api), requests_(requests), responses_(responses), count_(count),
-          scratch_(scratch) {}
+    Run(const Served& served, t::Request** requests, uint32_t count, std::vector<std::vector<char>>& scratch)
+        : served_(served), api_(served.runtime.api), requests_(requests), count_(count), scratch_(scratch) {}
 
-    void work(Account& account) {
+    void compute(int core, Account& account) {
         gather();
         choose();
         account.began = now_ns();
         std::vector<const Value*> inputs;
         std::vector<Value*> outputs(outputs_.size());  // null: onnxruntime makes them
         for (const auto& value : inputs_) inputs.push_back(value.get());
-        Status* status = api_.run(served_.session.get(), names_.data(), inputs.data(), inputs.size(), wanted_.data(),
-                                  wanted_.size(), outputs.data());
+        Status* status;
+        {
+            const Held held(core);  // no longer: sending answers may start threads
+            status = api_.run(served_.session.get(), names_.data(), inputs.data(), inputs.size(), wanted_.data(),
+                              wanted_.size(), outputs.data());
+        }
         for (size_t i = 0; i < outputs.size(); ++i) outputs_[i] = {outputs[i], {api_}};
         account.ended = now_ns();
         account.batch = batch_;
         ort(status);
-        hand_out();
+    }
+
+    // Each request's outputs into its response. Where one has no room for them, its error says so: others get theirs.
+    void hand_out(const std::vector<t::Response*>& responses, std::vector<std::string>& errors) const {
+        for (size_t i = 0; i < results_.size(); ++i) {
+            const Result& result = *results_[i];
+            TypeAndShape* info;
+            ort(api_.type_and_shape(outputs_[i].get(), &info));
+            Shape shape;
+            {
+                const Owned<TypeAndShape> owner(info, {api_});
+                shape = outline(api_, info).shape;
+            }
+            if (served_.batched && (shape.empty() || shape[0] != batch_))
+                throw Failure{result.name + ": expected " + std::to_string(batch_) + " in its first dimension"};
+            const std::vector<char> texts = result.kind->bytes ? std::vector<char>() : spell(i, product(shape));
+            const char* from = texts.data();
+            if (result.kind->bytes) {
+                void* data;
+                ort(api_.data(outputs_[i].get(), &data));
+                from = static_cast<const char*>(data);
+            }
+            const bool whole = !served_.batched || count_ == 1;
+            if (!whole && !result.kind->bytes) throw Failure{result.name + ": texts cannot be shared out over a batch"};
+            size_t bytes = result.kind->bytes ? product(shape) * result.kind->bytes : texts.size();
+            const size_t each = bytes / std::max<int64_t>(batch_, 1);
+            for (uint32_t r = 0; r < count_; from += bytes, ++r) {
+                if (!whole) bytes = sizes_[r] * each, shape[0] = sizes_[r];
+                if (std::find(asked_[r].begin(), asked_[r].end(), result.name) == asked_[r].end()) continue;
+                try {
+                    std::memcpy(buffer(responses[r], result, shape, bytes), from, bytes);
+                } catch (const Failure& failure) {
+                    errors[r] = failure.text;
+                }
+            }
+        }
     }
 
   private:
@@ -442,40 +488,6 @@ class Run {
         return data;
     }
 
-    void hand_out() {
-        for (size_t i = 0; i < results_.size(); ++i) {
-            const Result& result = *results_[i];
-            TypeAndShape* info;
-            ort(api_.type_and_shape(outputs_[i].get(), &info));
-            Shape shape;
-            {
-                const Owned<TypeAndShape> owner(info, {api_});
-                shape = outline(api_, info).shape;
-            }
-            if (served_.batched && (shape.empty() || shape[0] != batch_))
-                throw Failure{result.name + ": expected " + std::to_string(batch_) + " in its first dimension"};
-            const std::vector<char> texts = result.kind->bytes ? std::vector<char>() : spell(i, product(shape));
-            const char* from = texts.data();
-            if (result.kind->bytes) {
-                void* data;
-                ort(api_.data(outputs_[i].get(), &data));
-                from = static_cast<const char*>(data);
-            }
-            if (!served_.batched || count_ == 1) {
-                const size_t bytes = result.kind->bytes ? product(shape) * result.kind->bytes : texts.size();
-                std::memcpy(buffer(responses_[0], result, shape, bytes), from, bytes);
-                continue;
-            }
-            if (!result.kind->bytes) throw Failure{result.name + ": texts cannot be shared out over a batch"};
-            const size_t each = product(shape) / std::max<int64_t>(batch_, 1) * result.kind->bytes;
-            for (uint32_t r = 0; r < count_; from += sizes_[r] * each, ++r) {
-                if (std::find(asked_[r].begin(), asked_[r].end(), result.name) == asked_[r].end()) continue;
-                shape[0] = sizes_[r];
-                std::memcpy(buffer(responses_[r], result, shape, sizes_[r] * each), from, sizes_[r] * each);
-            }
-        }
-    }
-
     // Texts as they travel: each behind its length, 4 bytes, little endian.
     std::vector<char> spell(size_t index, int64_t count) const {
         const Value* value = outputs_[index].get();
@@ -498,7 +510,6 @@ class Run {
     const Served& served_;
     const Api& api_;
     t::Request** requests_;
-    t::Response** responses_;
     uint32_t count_;
     std::vector<std::vector<char>>& scratch_;
     int64_t batch_ = 0;
@@ -509,23 +520,38 @@ class Run {
     std::vector<const Result*> results_;
 };
 
-void execute(t::Instance* instance, const Served& served, t::Request** requests, uint32_t count) {
+void execute(t::Instance* instance, const Served& served, t::Request** requests, uint32_t count, int core) {
     static thread_local std::vector<std::vector<char>> scratch;
     const uint64_t began = now_ns();
     std::vector<t::Response*> responses(count, nullptr);
+    std::vector<std::string> errors(count);
     Account account;
+    Run run(served, requests, count, scratch);
     const bool open = gate().enter();
     t::Error* error = guard("onnxruntime", [&] {
-        for (uint32_t r = 0; r < count; ++r) check(t::TRITONBACKEND_ResponseNew(&responses[r], requests[r]));
         if (!open) throw Failure{"the server is stopping"};
-        Run(served, requests, responses.data(), count, scratch).work(account);
+        run.compute(core, account);
     });
-    const std::string text = error ? t::TRITONSERVER_ErrorMessage(error) : "";
+    if (error && open && count > 1) {  // nobody shall fail for another's sake
+        gate().leave();
+        ignore(error);
+        for (uint32_t r = 0; r < count; ++r) execute(instance, served, requests + r, 1, core);
+        return;
+    }
+    if (!error)
+        error = guard("onnxruntime", [&] {
+            for (uint32_t r = 0; r < count; ++r) check(t::TRITONBACKEND_ResponseNew(&responses[r], requests[r]));
+            run.hand_out(responses, errors);
+        });
+    const bool failed = error;
+    if (failed) std::fill(errors.begin(), errors.end(), t::TRITONSERVER_ErrorMessage(error));
+    ignore(error);
     const t::ErrorCode code = open ? t::kInternal : t::kUnavailable;
-    for (t::Response* response : responses)
-        if (response)
-            ignore(t::TRITONBACKEND_ResponseSend(response, t::kFinal,
-                                                 error ? t::TRITONSERVER_ErrorNew(code, text.c_str()) : nullptr));
+    for (uint32_t r = 0; r < count; ++r) {
+        if (!responses[r]) ignore(t::TRITONBACKEND_ResponseNew(&responses[r], requests[r]));
+        t::Error* told = errors[r].empty() ? nullptr : t::TRITONSERVER_ErrorNew(code, errors[r].c_str());
+        if (responses[r]) ignore(t::TRITONBACKEND_ResponseSend(responses[r], t::kFinal, told));
+    }
     if (open) gate().leave();
     // What a first run made is destroyed before what was there: the handler must be younger than all of it.
     std::call_once(served.ran, [] { std::atexit([] { gate().close(); }); });
@@ -533,14 +559,15 @@ void execute(t::Instance* instance, const Served& served, t::Request** requests,
     const uint64_t compute_began = account.began ? account.began : ended;
     const uint64_t compute_ended = account.ended ? account.ended : ended;
     for (uint32_t r = 0; r < count; ++r)
-        ignore(t::TRITONBACKEND_ModelInstanceReportStatistics(instance, requests[r], !error, began, compute_began,
-                                                              compute_ended, ended));
-    if (!error && account.batch)
+        ignore(t::TRITONBACKEND_ModelInstanceReportStatistics(instance, requests[r], errors[r].empty(), began,
+                                                              compute_began, compute_ended, ended));
+    if (!failed && account.batch)
         ignore(t::TRITONBACKEND_ModelInstanceReportBatchStatistics(instance, uint64_t(account.batch), began,
                                                                    compute_began, compute_ended, ended));
     for (uint32_t r = 0; r < count; ++r) ignore(t::TRITONBACKEND_RequestRelease(requests[r], t::kReleaseAll));
-    ignore(error);
 }
+
+// ---- who runs when --------------------------------------------------------------------------------------------------
 
 struct Given : Desk::Call {
     t::Instance* instance;
@@ -558,18 +585,18 @@ int64_t count_faces(t::Request* request) {
     return faces;
 }
 
-void run(const std::vector<Desk::Part>& parts) {
+void run(const std::vector<Desk::Part>& parts, int core) {
     std::vector<t::Request*> requests;
     for (const Desk::Part& part : parts) {
         t::Request** const given = static_cast<const Given*>(part.call)->requests;
         requests.insert(requests.end(), given + part.first, given + part.last);
     }
     const Given& first = *static_cast<const Given*>(parts[0].call);
-    execute(first.instance, first.served, requests.data(), uint32_t(requests.size()));
+    execute(first.instance, first.served, requests.data(), uint32_t(requests.size()), core);
 }
 
 Desk& desk() {
-    static Desk* const made = new Desk(kMerged, run);  // for good, too
+    static Desk* const made = new Desk(kMerged, read_count("CHEBFACE_CORES"), run);  // for good, too
     return *made;
 }
 
@@ -584,6 +611,7 @@ t::Error* TRITONBACKEND_Initialize(t::Backend* backend) {
         uint32_t major, minor;
         check(t::TRITONBACKEND_ApiVersion(&major, &minor));
         if (major != 1) throw Failure{"expected Triton's backend interface 1.x, got " + std::to_string(major)};
+        desk();
         int kind;
         const char* folder;
         check(t::TRITONBACKEND_BackendArtifacts(backend, &kind, &folder));
@@ -644,13 +672,14 @@ t::Error* TRITONBACKEND_ModelInstanceExecute(t::Instance* instance, t::Request**
     if (t::Error* error = t::TRITONBACKEND_ModelState(model, &served)) return error;
     const Served& known = *static_cast<const Served*>(served);
     if (!known.batched) {
-        for (uint32_t r = 0; r < count; ++r) execute(instance, known, requests + r, 1);
+        for (uint32_t r = 0; r < count; ++r) execute(instance, known, requests + r, 1, -1);
         return nullptr;
     }
-    Given given{{&known, known.threads, {}}, instance, known, requests};
-    for (uint32_t r = 0; r < count; ++r) given.sizes.push_back(count_faces(requests[r]));
-    desk().serve(given);
-    return nullptr;
+    return guard("onnxruntime backend", [&] {
+        Given given{{&known, known.threads ? known.threads : INT_MAX, {}}, instance, known, requests};
+        for (uint32_t r = 0; r < count; ++r) given.sizes.push_back(count_faces(requests[r]));
+        desk().serve(given);
+    });
 }
 
 }

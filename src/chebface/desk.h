@@ -1,5 +1,4 @@
-// Runs for many callers: as many at once as there are cores, each on its own, what waits meanwhile merged, first come,
-// first served.
+// Runs for many callers: as many at once as there are cores, what waits meanwhile merged, first come, first served.
 #pragma once
 
 #include <algorithm>
@@ -7,50 +6,40 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <mutex>
 #include <sched.h>
-#include <system_error>
 #include <thread>
-#include <utility>
+#include <unistd.h>
 #include <vector>
 
-// The cores that this process may use, and which of them have a run of ours. Left to itself, Linux lets two runs share
-// one while another idles, for as long as a run takes: threads that carry answers wake there, and move them about.
-class Cores {
+// The cores that this process may use now: its first thread's, whom nobody here holds on one. Empty: cannot be told.
+inline cpu_set_t find_cores() {
+    cpu_set_t found;
+    if (sched_getaffinity(getpid(), sizeof found, &found)) CPU_ZERO(&found);
+    return found;
+}
+
+// Keeps the calling thread on one core for its own life. Left to itself, Linux lets two runs share a core while another
+// idles, for as long as a run takes: threads that carry answers wake there, and move them about.
+class Held {
   public:
-    Cores() {
-        CPU_ZERO(&all_);
-        if (sched_getaffinity(0, sizeof all_, &all_) || !CPU_COUNT(&all_)) CPU_SET(0, &all_);
-        CPU_ZERO(&taken_);
-    }
-
-    int count() const { return CPU_COUNT(&all_); }
-
-    // One without a run, if there is one: that of the calling thread, where it can be. -1: none.
-    int take() {
-        const int here = sched_getcpu();
-        if (here >= 0 && is_free(here)) return CPU_SET(here, &taken_), here;
-        for (int core = 0; core < CPU_SETSIZE; ++core)
-            if (is_free(core)) return CPU_SET(core, &taken_), core;
-        return -1;
-    }
-
-    void give_back(int core) {
-        if (core >= 0) CPU_CLR(core, &taken_);
-    }
-
-    // The calling thread stays there; -1: may go anywhere again.
-    void hold(int core) const {
+    explicit Held(int core) : core_(core) {  // -1: anywhere
+        if (core_ < 0) return;
         cpu_set_t one;
         CPU_ZERO(&one);
-        if (core >= 0) CPU_SET(core, &one);
-        sched_setaffinity(0, sizeof one, core >= 0 ? &one : &all_);  // where it may not, the run is slower, no worse
+        CPU_SET(core_, &one);
+        sched_setaffinity(0, sizeof one, &one);  // where that is refused, the run is slower, no worse
     }
+    ~Held() {
+        if (core_ < 0) return;
+        const cpu_set_t all = find_cores();
+        sched_setaffinity(0, sizeof all, &all);
+    }
+    Held(const Held&) = delete;
 
   private:
-    bool is_free(int core) const { return CPU_ISSET(core, &all_) && !CPU_ISSET(core, &taken_); }
-
-    cpu_set_t all_, taken_;
+    const int core_;
 };
 
 class Desk {
@@ -69,16 +58,17 @@ class Desk {
         size_t first, last;
     };
 
-    using Run = void (*)(const std::vector<Part>& parts);  // throws nothing
+    // Told which core has no run of ours; -1: none of them, or the run takes several. Throws nothing.
+    using Run = void (*)(const std::vector<Part>& parts, int core);
 
-    // merged: the largest size of a run of several items.
-    Desk(int64_t merged, Run run) : run_(run), merged_(merged), idle_(cores_.count()) {}
+    // merged: the largest size of a run of several items. most: cores that runs may take; 0: all.
+    Desk(int64_t merged, int most, Run run) : run_(run), merged_(merged), most_(most) { look(); }
 
     // Returns when every item was in a run, of this thread or of another.
-    void serve(Call& call) {
+    void serve(Call& call) noexcept {
         if (call.sizes.empty()) return;
         Lock lock(mutex_);
-        call.cores = std::clamp(call.cores, 1, idle_ + busy_);
+        look();
         line_.push_back(&call);
         std::vector<std::thread> helpers = find_help(call);
         while (call.done < call.sizes.size()) {
@@ -91,7 +81,7 @@ class Desk {
                     waiting_.erase(at);
             }
         }
-        pass_on();
+        leave(lock);
         lock.unlock();
         for (std::thread& helper : helpers) helper.join();
     }
@@ -99,43 +89,55 @@ class Desk {
   private:
     using Lock = std::unique_lock<std::mutex>;
 
-    bool may_run() const { return !line_.empty() && line_.front()->cores <= idle_; }
+    void look() {  // again and again: they may be changed under a running process
+        all_ = find_cores();
+        const int found = CPU_COUNT(&all_), count = found ? found : std::max(1, int(std::thread::hardware_concurrency()));
+        count_ = most_ > 0 ? std::min(most_, count) : count;
+    }
+
+    int width(const Call& call) const { return std::clamp(call.cores, 1, count_); }
+
+    bool may_run() const { return !line_.empty() && (!busy_ || busy_ + width(*line_.front()) <= count_); }
 
     // Threads for cores that the caller's own run, and those who wait here anyway, would leave idle.
     std::vector<std::thread> find_help(Call& call) {
         std::vector<std::thread> helpers;
-        const size_t runs = std::min(call.sizes.size(), size_t(idle_ / call.cores));
+        const size_t runs = std::min(call.sizes.size(), size_t(std::max(0, count_ - busy_) / width(call)));
         try {
             while (1 + waiting_.size() + helpers.size() < runs)
-                helpers.emplace_back([this, &call] {
+                helpers.emplace_back([this, &call]() noexcept {
                     Lock lock(mutex_);
                     while (call.taken < call.sizes.size() && may_run()) work(lock);
-                    pass_on();
+                    leave(lock);
                 });
-        } catch (const std::system_error&) {  // no thread to be had
+        } catch (const std::exception&) {  // no thread to be had
         }
         return helpers;
     }
 
-    void pass_on() {  // somebody else can go on
+    void leave(Lock& lock) {  // no core may idle while something is in the line
+        while (may_run() && waiting_.empty()) work(lock);
+        pass_on();
+    }
+
+    void pass_on() {  // who waits can go on
         if (!may_run() || waiting_.empty()) return;
         waiting_.front()->changed.notify_one();
         waiting_.pop_front();
     }
 
-    void work(Lock& lock) {
-        const std::vector<Part> parts = take();
-        const int cores = parts[0].call->cores;
-        idle_ -= cores, busy_ += cores;
-        const int core = cores == 1 ? cores_.take() : -1;  // a thread that a run makes would be held there, too
+    void work(Lock& lock) noexcept {
+        const int cores = width(*line_.front());
+        const std::vector<Part> parts = take(cores);
+        const int core = cores == 1 ? choose() : -1;  // a thread that a run makes would be held there, too
+        busy_ += cores;
+        if (core >= 0) CPU_SET(core, &taken_);
         pass_on();
         lock.unlock();
-        if (core >= 0) cores_.hold(core);
-        run_(parts);
-        if (core >= 0) cores_.hold(-1);
+        run_(parts, core);
         lock.lock();
-        cores_.give_back(core);
-        idle_ += cores, busy_ -= cores;
+        busy_ -= cores;
+        if (core >= 0) CPU_CLR(core, &taken_);
         for (const Part& part : parts) {
             part.call->done += part.last - part.first;
             if (part.call->done == part.call->sizes.size()) part.call->changed.notify_one();
@@ -143,35 +145,42 @@ class Desk {
     }
 
     // The next run: the first in the line, and what else fits of its kind. Idle cores get the same share of it each.
-    std::vector<Part> take() {
+    std::vector<Part> take(int cores) {
         const void* kind = line_.front()->kind;
         int64_t waiting = 0;
         for (const Call* call : line_)
             for (size_t k = call->taken; call->kind == kind && k < call->sizes.size(); ++k) waiting += call->sizes[k];
-        const int64_t runs = idle_ / line_.front()->cores, most = std::min(merged_, (waiting + runs - 1) / runs);
+        const int64_t runs = std::max(1, (count_ - busy_) / cores), most = std::min(merged_, (waiting + runs - 1) / runs);
         std::vector<Part> parts;
         int64_t size = 0;
-        for (auto at = line_.begin(); at != line_.end();) {
-            Call& call = **at;
-            if (call.kind != kind) {
-                ++at;
-                continue;
-            }
-            const size_t first = call.taken;
-            while (call.taken < call.sizes.size() && (!size || size + call.sizes[call.taken] <= most))
-                size += call.sizes[call.taken++];
-            if (call.taken > first) parts.push_back({&call, first, call.taken});
-            if (call.taken < call.sizes.size()) break;
-            at = line_.erase(at);
+        for (Call* call : line_) {
+            if (call->kind != kind) continue;
+            const size_t first = call->taken;
+            while (call->taken < call->sizes.size() && (!size || size + call->sizes[call->taken] <= most))
+                size += call->sizes[call->taken++];
+            if (call->taken > first) parts.push_back({call, first, call->taken});
+            if (call->taken < call->sizes.size()) break;
         }
+        const auto is_over = [](const Call* call) { return call->taken == call->sizes.size(); };
+        line_.erase(std::remove_if(line_.begin(), line_.end(), is_over), line_.end());
+        std::stable_partition(line_.begin(), line_.end(), [&](const Call* call) { return call->kind != kind; });  // in turn
         return parts;
+    }
+
+    int choose() const {  // where the thread is, if it can be: the kernel knows what else is at work
+        const auto is_free = [&](int core) { return CPU_ISSET(core, &all_) && !CPU_ISSET(core, &taken_); };
+        if (const int here = sched_getcpu(); here >= 0 && is_free(here)) return here;
+        for (int core = 0; core < CPU_SETSIZE; ++core)
+            if (is_free(core)) return core;
+        return -1;
     }
 
     const Run run_;
     const int64_t merged_;
+    const int most_;
     std::mutex mutex_;
-    Cores cores_;
     std::deque<Call*> line_;     // calls with items that no run has taken
     std::deque<Call*> waiting_;  // calls whose threads wait, and were not woken
-    int idle_, busy_ = 0;        // cores
+    cpu_set_t all_{}, taken_{};
+    int count_ = 1, busy_ = 0;  // cores
 };

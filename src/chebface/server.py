@@ -243,8 +243,10 @@ class Server:
             f"--http-restricted-api={','.join(RESTRICTED)}:{key}={value}",
             f"--grpc-restricted-protocol={','.join(RESTRICTED)}:{key}={value}",
         ]
+        environment = make_environment(wheel, libraries)
         if self._cores is not None:
             command += ["--rate-limit=execution_count", f"--rate-limit-resource={RESOURCE}:{self._cores}"]
+            environment["CHEBFACE_CORES"] = str(self._cores)  # for our backend, which would share one model's batch out
         for name, port in ports.items():
             command += [f"--{name}-address={HOST}", f"--{name}-port={port}"]
         log = self._log_path or folder / "server.log"
@@ -256,7 +258,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=make_environment(wheel, libraries),
+                env=environment,
                 pass_fds=() if self._owner is None else (self._owner,),
                 start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, so that requests drain
             )

@@ -8,6 +8,9 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <system_error>
 #include <thread>
 #include <unistd.h>
@@ -122,6 +125,10 @@ class Pool {  // threads that sleep between jobs; one job at a time, others run 
 
   private:
     void serve() {
+#ifdef __linux__
+        cpu_set_t all;  // who made this thread may be held on a core: the process's first thread is not
+        if (!sched_getaffinity(getpid(), sizeof all, &all)) sched_setaffinity(0, sizeof all, &all);
+#endif
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
             lock.unlock();
