@@ -28,7 +28,7 @@ from export.folder import find_changed, read_manifest, read_record
 from export.graphs import check_graph
 
 TARGETS = ("ngc", "pip")
-QUEUE_SIZE = 64  # requests that wait before the server refuses: what comes later would have waited in vain
+QUEUE_SIZE = 48  # requests that wait before the server refuses: of 8 faces each, later ones would wait in vain
 QUEUE_TIMEOUT_US = 2_000_000  # the longest that a request may wait; a client's own deadline only shortens it
 # Of a network, a thread each. More than cores: Triton says that an instance is free just before it is, and where none
 # other is idle, a batch that could begin is then begun half a second later, or when the next request comes.

@@ -147,7 +147,7 @@ def test_full_queue_is_busy(repository: Path, tmp_path: Path) -> None:
     copy = tmp_path / "models"
     shutil.copytree(repository, copy)
     config = copy / "reconstruct" / "config.pbtxt"
-    config.write_text(config.read_text().replace("max_queue_size: 64", "max_queue_size: 1"))
+    config.write_text(re.sub(r"max_queue_size: \d+", "max_queue_size: 1", config.read_text()))
     with python_backend(), Server(copy, stop_timeout_s=0.3) as server, Client(server.url) as client:
         stub = stub_of(server, "reconstruct")
         os.kill(stub, signal.SIGSTOP)

@@ -400,6 +400,7 @@ def test_models_at_work_can_be_limited(repository: Path) -> None:
     with Server(repository, cores=1, stop_timeout_s=0.3) as server:
         words = Path(f"/proc/{server.pid}/cmdline").read_bytes().split(b"\0")
         assert {b"--rate-limit=execution_count", b"--rate-limit-resource=core:1"} < set(words)
+        assert b"CHEBFACE_CORES=1" in Path(f"/proc/{server.pid}/environ").read_bytes().split(b"\0")
         assert server.check() > 0
         assert server.again()._cores == 1
 
