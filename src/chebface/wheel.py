@@ -107,7 +107,7 @@ def make_environment(wheel: Wheel, libraries: Path) -> dict[str, str]:
         **os.environ,
         "PATH": f"{programs}:{os.environ.get('PATH', os.defpath)}",
         "LD_LIBRARY_PATH": f"{wheel.libraries}:{libraries}",
-        # glibc would give nearly each of a hundred threads a heap of its own: memory that grows for minutes, and is cold
-        # for whichever thread takes the next request.
+        # glibc would give nearly each of a hundred threads a heap of its own: memory that grows for minutes, and is
+        # cold for whichever thread takes the next request.
         "MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", str(max(1, (os.cpu_count() or 1) // 2))),
     }
