@@ -70,6 +70,7 @@ def test_leaf_says_what_the_server_would_guess(name: str) -> None:
         (count, model_config_pb2.ModelInstanceGroup.KIND_CPU)
     ]
     assert config.HasField("dynamic_batching") == LEAVES[name].batched
+    assert not config.dynamic_batching.preferred_batch_size  # our backend joins what waits
     assert list(config.version_policy.specific.versions) == [1]
     assert config.parameters["intra_op_thread_count"].string_value == "1"
     assert [warmup.batch_size for warmup in config.model_warmup] == (
@@ -391,6 +392,7 @@ def test_engines_are_served_by_capability(source: Path, engines: Path, tmp_path:
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     assert config.backend == "tensorrt"
     assert dict(config.cc_model_filenames) == {"8.9": "model.sm89.plan"}
+    assert not config.dynamic_batching.preferred_batch_size  # whole queues are what a GPU wants
     assert (models / "decode" / "1" / "model.sm89.plan").read_bytes() == b"engine"
     assert 'backend: "onnxruntime"' in (models / "regress" / "config.pbtxt").read_text()
     verify_repository(models)

@@ -1,7 +1,7 @@
 """onnxruntime as a backend of the pip server, which has none: backend.cpp, compiled at first use.
 
 Without a compiler the server runs the same model files by its Python backend (leaf.py), which costs each request
-0.3 to 0.5 ms more; `why_missing` tells, and so does a server.
+more time; `why_missing` tells, and so does a server.
 """
 
 from __future__ import annotations
